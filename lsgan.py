@@ -1,0 +1,179 @@
+"""LSGAN: least squares instead of cross entropy, so that fakes on the right side still get a gradient.
+
+Mao et al. 2016, Least Squares Generative Adversarial Networks. https://arxiv.org/abs/1611.04076
+
+    D:  min  1/2 E[(D(x) - b)^2] + 1/2 E[(D(G(z)) - a)^2]
+    G:  min  1/2 E[(D(G(z)) - c)^2]
+
+Differs from dcgan.py in: the two losses, --a --b --c, and the batch size.
+
+Deviations from the paper: dcgan.py's networks at 32 px, where the paper's are deeper and at 112 px.
+
+    python lsgan.py --dataset mnist
+"""
+
+import argparse
+
+import torch
+from torch import nn
+
+import common
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", default="mnist", help="mnist, fashion-mnist, cifar10, digits, or a folder")
+    p.add_argument("--data-dir", default="data", help="where datasets are looked for and downloaded to")
+    p.add_argument("--out-dir", help="this run's folder (runs/<script>-<dataset>)")
+    p.add_argument("--image-size", type=int, default=32, help="side in pixels, a power of two from 16")
+    p.add_argument("--steps", type=int, default=20_000, help="generator updates")
+    p.add_argument("--batch-size", type=int, default=64, help="images per update")
+    p.add_argument("--z-dim", type=int, default=100, help="dimensions of the noise z")
+    p.add_argument("--width", type=int, default=64, help="channels of the layer next to the image")
+    p.add_argument("--lr", type=float, default=2e-4, help="learning rate of both optimisers")
+    p.add_argument("--beta1", type=float, default=0.5, help="Adam: decay of the mean gradient")
+    p.add_argument("--beta2", type=float, default=0.999, help="Adam: decay of the mean squared gradient")
+    p.add_argument("--n-critic", type=int, default=1, help="D updates per G update")
+    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same run")
+    p.add_argument("--device", help="cuda where there is one, else cpu")
+    p.add_argument("--log-every", type=int, default=50, help="steps between rows of log.csv")
+    p.add_argument("--save-every", type=int, default=500, help="steps between grids and checkpoints")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
+    p.add_argument("--generate", type=int, metavar="N", help="write N images from the run in --out-dir, stop")
+    p.add_argument("--tensorboard", action="store_true", help="also log there, into --out-dir")
+    p.add_argument("--cuda-graph", action="store_true", help="on CUDA: replay train_step as one graph")
+    p.add_argument("--a", type=float, default=0.0, help="what D aims at for fakes")
+    p.add_argument("--b", type=float, default=1.0, help="what D aims at for real images")
+    p.add_argument("--c", type=float, default=1.0, help="what G wants D to say of its fakes")
+    return common.parse_args(p, argv, __file__)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+class Generator(nn.Module):
+    """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1]."""
+
+    def __init__(self, z_dim, width, channels, image_size):
+        super().__init__()
+        c = width * image_size // 8  # at 4x4; halved by every stage, and `width` before the last
+        layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False)]
+        layers += [nn.BatchNorm2d(num_features=c), nn.ReLU()]
+        while c > width:
+            layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(num_features=c // 2), nn.ReLU()]
+            c //= 2
+        layers += [nn.ConvTranspose2d(c, channels, 4, stride=2, padding=1), nn.Tanh()]
+        self.net = nn.Sequential(*layers).apply(init_weights)
+
+    def forward(self, z):
+        return self.net(z[:, :, None, None])
+
+
+class Discriminator(nn.Module):
+    """Images (N, channels, image_size, image_size) -> scores (N,): the logit of "this is real"."""
+
+    def __init__(self, width, channels, image_size):
+        super().__init__()
+        c = width
+        layers = [nn.Conv2d(channels, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        while c < width * image_size // 8:
+            layers += [nn.Conv2d(c, c * 2, 4, stride=2, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(num_features=c * 2), nn.LeakyReLU(0.2)]
+            c *= 2
+        layers += [nn.Conv2d(c, 1, 4)]
+        self.net = nn.Sequential(*layers).apply(init_weights)
+
+    def forward(self, x):
+        return self.net(x).flatten()
+
+
+def init_weights(m):
+    """Weights N(0, 0.02), batch norm gains N(1, 0.02), biases 0 (DCGAN, section 4)."""
+    if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def d_loss(d_real, d_fake, a=0.0, b=1.0):
+    """1/2 E[(D(x) - b)^2] + 1/2 E[(D(G(z)) - a)^2], from scores (N,): Mao et al. 2016, eq. 2."""
+    return 0.5 * ((d_real - b) ** 2).mean() + 0.5 * ((d_fake - a) ** 2).mean()
+
+
+def g_loss(d_fake, c=1.0):
+    """1/2 E[(D(G(z)) - c)^2], from scores (N,): Mao et al. 2016, eq. 2."""
+    return 0.5 * ((d_fake - c) ** 2).mean()
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    data = common.load_data(args)
+    channels = data.images.shape[1]
+
+    G = Generator(args.z_dim, args.width, channels, args.image_size).to(device)
+    D = Discriminator(args.width, channels, args.image_size).to(device)
+    adam = {"lr": args.lr, "betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graph}
+    opt_G = torch.optim.Adam(G.parameters(), **adam)
+    opt_D = torch.optim.Adam(D.parameters(), **adam)
+    fixed_z = torch.randn(64, args.z_dim, device=device)
+    state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
+
+    def train_step(x_reals, ys):
+        """n_critic updates of D, each on its own batch of x_reals, then one update of G."""
+        # D: minimise d_loss, with G fixed
+        D.requires_grad_(True)
+        for x_real in x_reals.chunk(args.n_critic):
+            with torch.no_grad():
+                x_fake = G(torch.randn(args.batch_size, args.z_dim, device=device))
+            d_real, d_fake = D(x_real), D(x_fake)
+            loss_D = d_loss(d_real, d_fake, args.a, args.b)
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
+
+        # G: minimise g_loss, with D fixed
+        D.requires_grad_(False)
+        loss_G = g_loss(D(G(torch.randn(args.batch_size, args.z_dim, device=device))), args.c)
+        opt_G.zero_grad()
+        loss_G.backward()
+        opt_G.step()
+        return loss_D, loss_G, d_real.mean(), d_fake.mean()
+
+    @torch.no_grad()
+    def sample(z):
+        """G's images of z, with the batch norm statistics gathered in training."""
+        x = G.eval()(z)
+        G.train()
+        return x
+
+    def save(step):
+        common.save_checkpoint(args, step, state)
+        common.save_grid(args, step, sample(fixed_z))
+
+    if args.generate:
+        common.generate(args, state, lambda i: sample(torch.randn(len(i), args.z_dim, device=device)))
+        return
+    first = common.open_run(args, data, state)
+    save(first)
+    step_fn = common.cuda_graph(train_step, args)
+    batches = common.batches(args, data, first)
+    bar = common.steps(args, first)
+    for step in bar:
+        losses = step_fn(*next(batches))
+        if common.log_due(args, step):
+            common.log(bar, step, losses)
+        if common.save_due(args, step):
+            save(step)
+
+
+if __name__ == "__main__":
+    main()
