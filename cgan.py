@@ -132,6 +132,9 @@ def main(argv=None):
     opt_D = torch.optim.Adam(D.parameters(), **adam)
     fixed_y = torch.arange(n_classes, device=device).repeat(8)  # 8 rows, one class per column
     fixed_z = torch.randn(len(fixed_y), args.z_dim, device=device)
+    t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages: DCGAN, figure 4
+    walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
+    walk_y = fixed_y[:8].repeat_interleave(10)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
     def train_step(x_reals, ys):
@@ -165,6 +168,7 @@ def main(argv=None):
     def save(step):
         common.save_checkpoint(args, step, state)
         common.save_grid(args, step, sample(fixed_z, fixed_y), columns=n_classes)
+        common.save_grid(args, "walk", sample(walk_z, walk_y), columns=10)
 
     if args.generate:
         common.generate(

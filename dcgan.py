@@ -7,7 +7,7 @@ Adversarial Networks. https://arxiv.org/abs/1511.06434
     G:  max  E[log sigmoid(D(G(z)))]
 
 Differs from gan.py in: both networks (strided convolutions and batch norm instead of fully connected
-layers), and the latent walk drawn at the end.
+layers).
 
 Deviations from the paper: z is N(0, I), not uniform on [-1, 1]; 32 px by default where the paper has 64
 (one stage fewer; --image-size 64 gives the paper's); MNIST instead of LSUN.
@@ -125,10 +125,8 @@ def main(argv=None):
     opt_G = torch.optim.Adam(G.parameters(), **adam)
     opt_D = torch.optim.Adam(D.parameters(), **adam)
     fixed_z = torch.randn(64, args.z_dim, device=device)
-    t = torch.linspace(0, 1, 10, device=device)[:, None]
-    walk_z = torch.lerp(fixed_z[:8, None], fixed_z[8:16, None], t).flatten(
-        0, 1
-    )  # 8 rows from one z to another
+    t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages: DCGAN, figure 4
+    walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
     def train_step(x_reals, ys):

@@ -1,0 +1,316 @@
+"""What one step does to both networks, what a run leaves behind, and that every variant learns."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import DEVICES, NAMES, SCRIPTS, changed, open_script, picture, picture_folder, snapshot
+from PIL import Image
+
+import common
+
+
+class Spy:
+    """Stands where an optimiser's step is, and looks at both networks before and after."""
+
+    def __init__(self, run, monkeypatch):
+        self.run, self.events = run, []
+        for which in ("D", "G"):
+            self._watch(which, getattr(run, f"opt_{which}"), monkeypatch)
+
+    def _watch(self, which, optimiser, monkeypatch):
+        step = optimiser.step
+
+        def watched():
+            before = {n: snapshot(getattr(self.run, n)) for n in "GD"}
+            step()
+            moved = {n: changed(getattr(self.run, n), before[n]) for n in "GD"}
+            largest = max(p.abs().max().item() for p in self.run.D.parameters())
+            self.events.append((which, moved, largest))
+
+        monkeypatch.setattr(optimiser, "step", watched)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_updates_are_isolated_and_in_order(name, tmp_path, monkeypatch):
+    """n_critic updates of D that leave every parameter of G as it was, bit for bit, then one of G that leaves
+    D as it was; each moves the network that is its own."""
+    run = open_script(name, tmp_path, "--n-critic", 3, "--lr", 1e-2)
+    spy = Spy(run, monkeypatch)
+    before = snapshot(run.D)
+    run.train_step(*next(run.batches))
+    assert [which for which, *_ in spy.events] == ["D", "D", "D", "G"]
+    for which, moved, _ in spy.events:
+        other = "G" if which == "D" else "D"
+        assert not moved[other]
+        assert moved[which]
+    constant = {
+        k for k in before if k.endswith("bias") and before[k].numel() == 1
+    }  # the last bias, which cancels in E[D(G(z))] - E[D(x)]
+    assert changed(run.D, before) >= set(before) - constant, "every parameter of D learns"
+    g_before = snapshot(run.G)
+    for _ in range(3):
+        run.train_step(*next(run.batches))
+    assert changed(run.G, g_before) == set(g_before), "every parameter of G learns"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_leaks_between_updates(name, tmp_path, monkeypatch):
+    """The gradient each optimiser steps on is that of its own loss alone: zeroed before, not added to."""
+    run = open_script(name, tmp_path, "--n-critic", 2)
+    for optimiser in (run.opt_D, run.opt_G):
+        for group in optimiser.param_groups:
+            for p in group["params"]:
+                p.grad = torch.full_like(p, 1e6)
+    largest = []
+    for optimiser in (run.opt_D, run.opt_G):
+        step = optimiser.step
+
+        def watched(step=step, optimiser=optimiser):
+            grads = [p.grad.abs().max().item() for g in optimiser.param_groups for p in g["params"]]
+            largest.append(max(grads))
+            step()
+
+        monkeypatch.setattr(optimiser, "step", watched)
+    run.train_step(*next(run.batches))
+    assert max(largest) < 1e4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_batch_and_every_noise_is_used_once(name, tmp_path):
+    """Real batches in order and each in one piece, apart from the fakes; fresh noise for each update, G's
+    included; and, in cgan, D sees with a fake the label that G was given."""
+    run = open_script(name, tmp_path, "--n-critic", 3)
+    noise, labels_G, seen, labels_D = [], [], [], []
+
+    def watch(module, inputs, output):
+        if module is run.G:
+            noise.append(inputs[0])
+            labels_G.append(inputs[1:])
+            fakes.append(output.detach())
+        elif not (name == "wgan_gp" and inputs[0].requires_grad and inputs[0].is_leaf):  # the penalty's x_hat
+            seen.append(inputs[0].detach())
+            labels_D.append(inputs[1:])
+
+    fakes = []
+    run.G.register_forward_hook(watch)
+    run.D.register_forward_hook(watch)
+    x_reals, ys = next(run.batches)
+    run.train_step(x_reals, ys)
+    assert len(noise) == 4 and len(seen) == 7
+    assert len({tuple(z.flatten().tolist()) for z in noise}) == 4, "noise was used twice"
+    assert all(z.shape == (4, 6) for z in noise)
+    z = torch.cat(noise).flatten()
+    assert z.min() < 0, "z is N(0, I)"
+    for k, x_real in enumerate(x_reals.split(4)):
+        assert any(torch.equal(x, x_real) for x in seen[2 * k : 2 * k + 2])
+        assert any(torch.equal(x, fakes[k]) for x in seen[2 * k : 2 * k + 2])
+    assert torch.equal(seen[-1], fakes[-1])
+    if name == "cgan":
+        for k, y in enumerate(ys.split(4)):
+            assert torch.equal(labels_G[k][0], y)
+            assert torch.equal(labels_D[2 * k][0], y) and torch.equal(labels_D[2 * k + 1][0], y)
+        assert torch.equal(labels_G[-1][0], labels_D[-1][0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reported_numbers(name, tmp_path):
+    """loss_D, loss_G and mean scores of the last D update, as the script's own losses give them."""
+    run = open_script(name, tmp_path)
+    module, scores = SCRIPTS[name], []
+    run.D.register_forward_hook(lambda m, i, o: scores.append(o.detach()))
+    x_reals, ys = next(run.batches)
+    n = run.args.n_critic
+    loss_D, loss_G, d_real, d_fake = (t.item() for t in run.train_step(x_reals, ys))
+    per_update = len(scores) // n
+    real, fake = scores[(n - 1) * per_update : (n - 1) * per_update + 2]
+    assert (d_real, d_fake) == pytest.approx((real.mean().item(), fake.mean().item()), abs=1e-6)
+    assert loss_G == pytest.approx(module.g_loss(scores[-1]).item(), rel=1e-5, abs=1e-6)
+    if name == "wgan_gp":
+        assert loss_D > module.d_loss(real, fake).item()
+    else:
+        assert loss_D == pytest.approx(module.d_loss(real, fake).item(), rel=1e-5, abs=1e-6)
+
+
+def test_wgan_clips_every_parameter_after_every_update(tmp_path, monkeypatch):
+    run = open_script("wgan", tmp_path, "--n-critic", 2, "--lr", 0.1, "--clip", 0.03)
+    spy = Spy(run, monkeypatch)
+    for _ in range(3):
+        run.train_step(*next(run.batches))
+        assert max(p.abs().max().item() for p in run.D.parameters()) <= 0.03 + 1e-9
+    assert all(largest <= 0.03 + 1e-9 for which, _, largest in spy.events if which == "G")
+    assert all(largest > 0.03 for which, _, largest in spy.events if which == "D"), (
+        "the optimiser steps first"
+    )
+    assert isinstance(run.opt_D, torch.optim.RMSprop) and isinstance(run.opt_G, torch.optim.RMSprop)
+
+
+def test_wgan_gp_weighs_the_penalty(tmp_path, monkeypatch):
+    """loss_D = d_loss + gp_weight * gradient_penalty, with the penalty of this update's images."""
+    module, penalties, losses = SCRIPTS["wgan_gp"], [], []
+    penalty_of, d_loss_of = module.gradient_penalty, module.d_loss
+
+    def gradient_penalty(D, x_real, x_fake):
+        assert not torch.equal(x_real, x_fake) and x_real.shape == x_fake.shape
+        penalties.append(penalty_of(D, x_real, x_fake))
+        return penalties[-1]
+
+    def d_loss(d_real, d_fake):
+        losses.append(d_loss_of(d_real, d_fake))
+        return losses[-1]
+
+    monkeypatch.setattr(module, "gradient_penalty", gradient_penalty)
+    monkeypatch.setattr(module, "d_loss", d_loss)
+    run = open_script("wgan_gp", tmp_path, "--gp-weight", 7)
+    loss_D, *_ = run.train_step(*next(run.batches))
+    assert loss_D.item() == pytest.approx((losses[-1] + 7 * penalties[-1]).item(), rel=1e-6)
+    assert len(penalties) == 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_optimisers_are_those_of_the_flags(name, tmp_path):
+    run = open_script(name, tmp_path, "--lr", 0.125, "--beta1", 0.25, "--beta2", 0.75)
+    for optimiser in (run.opt_G, run.opt_D):
+        (group,) = optimiser.param_groups
+        assert group["lr"] == 0.125
+        if name == "wgan":
+            assert (group["momentum"], group["alpha"]) == (0.25, 0.75)
+        else:
+            assert group["betas"] == (0.25, 0.75) and isinstance(optimiser, torch.optim.Adam)
+    owned = {n: {id(p) for g in getattr(run, f"opt_{n}").param_groups for p in g["params"]} for n in "GD"}
+    assert all(owned[n] == {id(p) for p in getattr(run, n).parameters()} for n in "GD")
+
+
+PUBLISHED = {  # lr, beta1, beta2, n_critic, batch_size, variant flags: DESIGN's table of the papers
+    "gan": (2e-4, 0.5, 0.999, 1, 100, {"saturating": False}),
+    "dcgan": (2e-4, 0.5, 0.999, 1, 128, {}),
+    "cgan": (2e-4, 0.5, 0.999, 1, 128, {}),
+    "lsgan": (2e-4, 0.5, 0.999, 1, 64, {"a": 0, "b": 1, "c": 1}),
+    "wgan": (5e-5, 0.0, 0.99, 5, 64, {"clip": 0.01}),
+    "wgan_gp": (1e-4, 0.5, 0.9, 5, 64, {"gp_weight": 10}),
+    "sngan": (2e-4, 0.5, 0.999, 1, 64, {}),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults_are_the_papers(name):
+    args = SCRIPTS[name].parse_args(["--dataset", "digits"])
+    lr, beta1, beta2, n_critic, batch_size, variant = PUBLISHED[name]
+    assert (args.lr, args.beta1, args.beta2) == (lr, beta1, beta2)
+    assert (args.n_critic, args.batch_size) == (n_critic, batch_size)
+    assert all(getattr(args, flag) == value for flag, value in variant.items())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+def test_run(name, device, tmp_path):
+    """A few iterations through the command line: finite losses, and the files that are promised."""
+    data = picture_folder(tmp_path / "pictures", (0, 1), classes=True)
+    out = tmp_path / "run"
+    flags = (
+        f"--image-size 32 --width 8 --batch-size 4 --steps 6 --log-every 2 --save-every 3 --device {device}"
+    )
+    argv = ["--dataset", data, "--data-dir", tmp_path / "data", "--out-dir", out, *flags.split()]
+    SCRIPTS[name].main([str(a) for a in argv])
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert list(rows[0]) == ["step", "seconds", "loss_D", "loss_G", "d_real", "d_fake"]
+    assert [int(r["step"]) for r in rows] == [2, 3, 4, 6]
+    assert all(np.isfinite(float(v)) for r in rows for v in r.values())
+    assert float(rows[-1]["seconds"]) > 0
+    grids = {"000000.png", "000003.png", "000006.png", "walk.png"}
+    assert {p.name for p in (out / "samples").iterdir()} == grids
+    assert {p.name for p in out.iterdir()} == {"samples", "log.csv", "checkpoint.pt", "args.json"}
+    saved = json.loads((out / "args.json").read_text())
+    assert (saved["width"], saved["batch_size"], saved["step"]) == (8, 4, 6)
+    columns, rows = (2, 8) if name == "cgan" else (8, 8)
+    assert Image.open(out / "samples" / "000006.png").size == (columns * 34 + 2, rows * 34 + 2)
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
+# Flags under which one picture is learnt quickly: few steps at a high rate.
+QUICK = {
+    "gan": "--steps 250 --width 100",
+    "dcgan": "--steps 200 --width 16",
+    "cgan": "--steps 300 --width 16",
+    "lsgan": "--steps 250 --width 16",
+    "wgan": "--steps 150 --width 16 --n-critic 2",
+    "wgan_gp": "--steps 130 --width 16 --n-critic 2",
+    "sngan": "--steps 160 --width 8",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learns_one_picture(name, tmp_path):
+    """On a dataset of one picture G must come to draw it; cgan: of two, each for its own label. No sign error
+    survives this: an adversary that plays for the wrong side drives G away from the picture."""
+    kinds = (0, 1) if name == "cgan" else (0,)
+    data = picture_folder(tmp_path / "pictures", kinds, classes=len(kinds) > 1)
+    run = ["--out-dir", str(tmp_path / "run"), "--device", "cpu"]
+    flags = f"--image-size 16 --batch-size 8 --lr 1e-3 --log-every 50 --save-every 1000 {QUICK[name]}"
+    SCRIPTS[name].main(["--dataset", str(data), "--data-dir", str(tmp_path / "data"), *flags.split(), *run])
+    SCRIPTS[name].main(["--generate", "8", *run])
+    files = sorted((tmp_path / "run" / "generated").iterdir())
+    assert len(files) == 8
+    for file in files:
+        kind = int(file.stem.endswith("class1"))
+        image = np.asarray(Image.open(file), float)
+        distance = [np.abs(image - picture(k)).mean() for k in (kind, 1 - kind)]
+        assert distance[0] < (45 if name == "cgan" else 40) and distance[0] < distance[1], (
+            f"{file}: {distance}"
+        )
+
+
+def test_losses_that_are_not_finite_stop_the_run(tmp_path, monkeypatch, capsys):
+    """The message names the step; the last good checkpoint stays."""
+    data = picture_folder(tmp_path / "pictures")
+    module, calls = SCRIPTS["dcgan"], []
+    g_loss = module.g_loss
+
+    def breaks_at_step_7(d_fake):
+        calls.append(1)
+        return g_loss(d_fake) * (float("nan") if len(calls) >= 7 else 1)
+
+    monkeypatch.setattr(module, "g_loss", breaks_at_step_7)
+    argv = f"--dataset {data} --data-dir {tmp_path / 'data'} --out-dir {tmp_path / 'run'} --device cpu"
+    argv += " --image-size 16 --width 8 --batch-size 4 --steps 20 --log-every 2 --save-every 5"
+    with pytest.raises(SystemExit) as stop:
+        module.main(argv.split())
+    assert "step 8 is not finite" in stop.value.code and "loss_G=nan" in stop.value.code
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 5
+    assert all(t.isfinite().all() for t in saved["state"]["G"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    run = open_script("dcgan", tmp_path)
+    with torch.no_grad():
+        next(run.G.parameters())[0] = float("nan")
+    before = (tmp_path / "run-dcgan" / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        common.save_checkpoint(run.args, 9, {"G": run.G, "D": run.D})
+    assert "the weights of G are not finite at step 9" in stop.value.code
+    assert (tmp_path / "run-dcgan" / "checkpoint.pt").read_bytes() == before
+
+
+def flag_changes(name, tmp_path, *flags):
+    """A few numbers that depend on everything a run computes: the losses of two steps, the data, the grid."""
+    run = open_script(name, tmp_path, "--n-critic", 2, *flags)
+    torch.manual_seed(1)
+    batches = common.batches(run.args, run.data, 0)
+    losses = [t.item() for _ in range(2) for t in run.train_step(*next(batches))]
+    return losses, sum(p.numel() for p in run.G.parameters()), [tuple(t.shape) for t in next(batches)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flag_changes_something(name, tmp_path):
+    variant = {"gan": ["--saturating"], "lsgan": ["--a 0.3", "--b 0.7", "--c 0.6"], "wgan": ["--clip 0.5"]}
+    variant["wgan_gp"] = ["--gp-weight 3"]
+    flags = ["--lr 0.03", "--beta1 0.3", "--beta2 0.3", "--n-critic 3", "--batch-size 6", "--z-dim 9"]
+    flags += ["--width 12", "--image-size 32", "--seed 5", *variant.get(name, [])]
+    (tmp_path / "base").mkdir()
+    base = flag_changes(name, tmp_path / "base")
+    for k, flag in enumerate(flags):
+        (tmp_path / str(k)).mkdir()
+        assert flag_changes(name, tmp_path / str(k), *flag.split()) != base, f"{flag} changes nothing"
