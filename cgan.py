@@ -120,11 +120,10 @@ def main(argv=None):
     args = parse_args(argv)
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    data = common.load_data(args)
+    data = common.load_data(args, labelled=True)
     channels = data.images.shape[1]
-
-    common.require_labels(args, data)
     n_classes = data.n_classes
+
     G = Generator(args.z_dim, args.width, channels, args.image_size, n_classes).to(device)
     D = Discriminator(args.width, channels, args.image_size, n_classes).to(device)
     adam = {"lr": args.lr, "betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graph}

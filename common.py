@@ -90,7 +90,7 @@ def parse_args(parser, argv, script):
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs the tensorboard package: pip install tensorboard")
 
-    args.out_dir = args.out_dir or f"runs/{args.script}-{Path(args.dataset).resolve().name}"
+    args.out_dir = args.out_dir or f"runs/{args.script}-{os.path.basename(os.path.abspath(args.dataset))}"
     if not args.generate and args.dataset not in BUILT_IN and not os.path.isdir(args.dataset):
         what = "is a file, not a folder" if os.path.exists(args.dataset) else "is no dataset and no folder"
         parser.error(f"--dataset {args.dataset} {what}: choose {', '.join(BUILT_IN)}, or a folder of images")
@@ -103,11 +103,11 @@ def _check_out_dir(args):
     try:
         checkpoint = (out_dir / "checkpoint.pt").exists()
         holds_run = any((out_dir / f).exists() for f in ("args.json", "log.csv", "checkpoint.pt", "samples"))
-        existing = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
+        existing = next(p for p in (out_dir, *out_dir.absolute().parents) if os.path.lexists(p))
     except OSError as e:
         fail(f"--out-dir {out_dir} cannot be used: {e.strerror}")
     if not existing.is_dir():
-        fail(f"--out-dir {out_dir} cannot be used: {existing} is a file, not a folder")
+        fail(f"--out-dir {out_dir} cannot be used: {existing} is no folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         fail(f"--out-dir {out_dir} cannot be used: no permission to write in {existing}")
     if (args.resume or args.generate) and not checkpoint:
@@ -140,13 +140,13 @@ class Data(NamedTuple):
     n_classes: int
 
 
-def load_data(args):
+def load_data(args, labelled=False):
     """The dataset `args.dataset` at `args.image_size`, as `Data`, on `args.device` where it fits.
 
     Too large for the device, the images stay in host memory and `batches` brings them over. For
     `--generate` no dataset is opened: the images are empty, with the channels and the classes of the run in
     `args.out_dir`, and the flags that shape its networks are copied from it into `args`.
-    Exits with code 1 where the data is missing, damaged or empty.
+    Exits with code 1 where the data is missing, damaged or empty, or has no labels and must be `labelled`.
     """
     if args.generate:
         saved = _read_checkpoint(args)
@@ -164,16 +164,12 @@ def load_data(args):
         images = _resize(images, args.image_size)
         n_classes = 10
     else:
-        images, labels, n_classes = _load_folder(Path(args.dataset), Path(args.data_dir), args.image_size)
+        images, labels, n_classes = _load_folder(
+            Path(args.dataset), Path(args.data_dir), args.image_size, labelled
+        )
     if _fits(images, torch.device(args.device)):
         images = images.to(args.device)
     return Data(images, labels.to(args.device), n_classes)
-
-
-def require_labels(args, data):
-    """Exits with code 1 where the dataset has no labels."""
-    if data.n_classes == 0:
-        fail(f"{args.script}.py needs labels, and {args.dataset} has none: make one subfolder per class")
 
 
 def _fits(images, device):
@@ -196,8 +192,7 @@ def batches(args, data, first):
         return tensor.pin_memory() if device.type == "cuda" else tensor
 
     def gather(step):
-        rng = np.random.Generator(np.random.Philox(key=args.seed, counter=step))
-        i = torch.from_numpy(rng.integers(len(data.images), size=n))
+        i = torch.from_numpy(np.random.default_rng((args.seed, step)).integers(len(data.images), size=n))
         return pinned(i), None if in_place else pinned(data.images[i])
 
     def to_device(i, x):
@@ -315,7 +310,7 @@ def _resize(images, size):
 # -------------------------------------------------------------------------------------- folders of images
 
 
-def _load_folder(folder, data_dir, size):
+def _load_folder(folder, data_dir, size, labelled):
     """The images in `folder` (flat, or one subfolder per class) as memory-mapped uint8 (N, C, size, size),
     labels (N,) and the number of classes, 0 for a flat folder.
 
@@ -325,15 +320,20 @@ def _load_folder(folder, data_dir, size):
     files = _list_images(folder)
     if not files:
         fail(f"{folder} holds no images, neither flat nor in one subfolder per class")
+    if labelled and not all("/" in name for name, *_ in files):
+        fail(f"{folder} has no labels, which this script needs: put the images in one subfolder per class")
     state = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     root, prefix = data_dir / "folders", f"{folder.resolve().name}-{place}-{size}-"
     cache = root / (prefix + state)
     if not cache.exists():
+        names = [name for name, *_ in files]
+        if all(decode_image(folder / name, size) is None for name in names):
+            fail(f"none of the {len(names)} image files in {folder} can be read: {_some(names)}")
         try:
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root, prefix=".decoding-") as tmp:
-                _decode_folder(folder, [name for name, *_ in files], size, Path(tmp, "new"))
+                _decode_folder(folder, names, size, Path(tmp, "new"))
                 with contextlib.suppress(OSError):  # another run was faster: its result is the same
                     os.rename(Path(tmp, "new"), cache)
             for old in root.glob(prefix + "*"):
@@ -348,7 +348,9 @@ def _load_folder(folder, data_dir, size):
         labels = torch.from_numpy(np.load(cache / "labels.npy"))
     except (OSError, ValueError, KeyError) as e:
         fail(f"{cache} is damaged ({e}): delete it and run again")
-    _report_skipped(meta["skipped"])
+    if meta["skipped"]:
+        count, names = len(meta["skipped"]), _some(meta["skipped"])
+        print(f"warning: {count} unreadable files are skipped: {names}", file=sys.stderr)
     return images, labels, meta["n_classes"]
 
 
@@ -395,10 +397,6 @@ def _decode_folder(folder, names, size, out):
             images[len(kept)] = image
             all_grey = all_grey and len(image) == 1
             kept.append(name)
-    if not kept:
-        _report_skipped(skipped)
-        fail(f"none of the {len(names)} image files in {folder} can be read")
-
     if skipped or all_grey:
         np.save(out / "images.npy", images[: len(kept), : 1 if all_grey else 3])
         del images
@@ -418,10 +416,8 @@ def _decode_folder(folder, names, size, out):
     (out / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _report_skipped(names):
-    if names:
-        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        print(f"warning: {len(names)} unreadable files are skipped: {shown}", file=sys.stderr)
+def _some(names):
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def decode_image(path, size):
@@ -473,7 +469,7 @@ def write_file(path, content):
     except OSError as e:
         with contextlib.suppress(OSError):
             tmp.unlink()
-        fail(f"{path} cannot be written ({e.strerror}); what it held before is unchanged")
+        fail(f"{path} cannot be written ({e.strerror}); no file was changed")
 
 
 def open_run(args, data, state):

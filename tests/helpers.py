@@ -58,7 +58,7 @@ def write_mnist(data_dir, n=20, folder="MNIST", seed=0):
 
 
 def write_cifar10(data_dir, monkeypatch, n=10, seed=0):
-    """CIFAR-10's python files with n random images in each of 5 batches, and torchvision told their checksums."""
+    """CIFAR-10's python files with n random images in each of 5 batches, torchvision knowing their sums."""
     rng = np.random.default_rng(seed)
     folder = Path(data_dir, "cifar-10-batches-py")
     folder.mkdir(parents=True)

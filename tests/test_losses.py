@@ -66,7 +66,7 @@ def test_hinge():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradient_penalty_of_a_linear_critic(channels, device):
-    """D(x) = w.x has the gradient w everywhere, so the penalty is (|w| - 1)^2 over all pixels and channels."""
+    """D(x) = w.x has the gradient w everywhere, so the penalty is (|w| - 1)^2, all pixels counted."""
     w = torch.randn(channels * 64, device=device, requires_grad=True)
     x_real, x_fake = torch.randn(2, 5, channels, 8, 8, device=device)
     penalty = wgan_gp.gradient_penalty(lambda x: x.flatten(1) @ w, x_real, x_fake)

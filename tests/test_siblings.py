@@ -44,7 +44,9 @@ DIFFERENCES = {
     "sngan": [],
 }
 DIFFERENCES["cgan"] = [
-    ("    G = Gen", "    common.require_labels(args, data)\n    n_classes = data.n_classes\n    G = Gen"),
+    ("data = common.load_data(args)", "data = common.load_data(args, labelled=True)"),
+    ("    channels = data.images.shape[1]\n",
+     "    channels = data.images.shape[1]\n    n_classes = data.n_classes\n"),
     ("G = Generator(args.z_dim, args.width, channels, args.image_size)",
      "G = Generator(args.z_dim, args.width, channels, args.image_size, n_classes)"),
     ("Discriminator(args.width, channels, args.image_size)",

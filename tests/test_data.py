@@ -1,0 +1,314 @@
+"""The loaders on small files in the real formats, and minibatches."""
+
+import os
+import shutil
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import DEVICES, picture, picture_folder, write_cifar10, write_mnist
+from PIL import Image
+
+import common
+
+
+def load(dataset, data_dir, image_size=32, seed=0, **more):
+    args = {"dataset": str(dataset), "data_dir": str(data_dir), "image_size": image_size, "seed": seed}
+    args = SimpleNamespace(**args, device="cpu", generate=None, script="dcgan", n_critic=1, batch_size=4)
+    args.__dict__.update(more)
+    return common.load_data(args)
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "fashion-mnist"])
+def test_mnist_is_padded_not_resampled(dataset, tmp_path):
+    images, labels = write_mnist(tmp_path, folder="MNIST" if dataset == "mnist" else "FashionMNIST")
+    data = load(dataset, tmp_path)
+    assert data.images.shape == (20, 1, 32, 32) and data.images.dtype == torch.uint8
+    assert np.array_equal(data.images[:, 0, 2:30, 2:30], images)
+    assert data.images.sum() == images.astype(int).sum(), "zeros around it"
+    assert data.labels.tolist() == labels.tolist() and data.n_classes == 10
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    images, labels = write_cifar10(tmp_path, monkeypatch)
+    data = load("cifar10", tmp_path)
+    assert np.array_equal(data.images, images)
+    assert data.labels.tolist() == labels.tolist() and data.n_classes == 10
+
+
+@pytest.mark.parametrize("image_size", [16, 64])
+def test_other_sizes_keep_the_picture(image_size, tmp_path, monkeypatch):
+    write_mnist(tmp_path)
+    write_cifar10(tmp_path, monkeypatch)
+    for dataset, channels in (("mnist", 1), ("cifar10", 3)):
+        data, base = load(dataset, tmp_path, image_size), load(dataset, tmp_path)
+        assert data.images.shape[1:] == (channels, image_size, image_size)
+        assert abs(data.images.float().mean() - base.images.float().mean()) < 2
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_digits(size):
+    images, labels = common.draw_digits(500, size, seed=0)
+    again, labels_again = common.draw_digits(500, size, seed=0)
+    other, _ = common.draw_digits(500, size, seed=1)
+    assert images.shape == (500, 1, size, size) and images.dtype == torch.uint8
+    assert torch.equal(images, again) and torch.equal(labels, labels_again)
+    assert not torch.equal(images, other)
+    assert set(labels.tolist()) == set(range(10))
+    assert len({image.numpy().tobytes() for image in images}) > 495, "every digit is drawn differently"
+    # The labels are right: with class means from one half, most of the other half is nearest to its own.
+    x = images.flatten(1).float()
+    means = torch.stack([x[:250][labels[:250] == c].mean(0) for c in range(10)])
+    nearest = torch.cdist(x[250:], means).argmin(1)
+    assert (nearest == labels[250:]).float().mean() > 0.3  # 0.1 by chance
+    ink = images.float().mean() / 255
+    assert 0.05 < ink < 0.4
+    edge = torch.cat([images[..., 0], images[..., -1], images[..., 0, :], images[..., -1, :]])
+    assert (edge > 128).float().mean() < 0.01, "digits stay inside"
+
+
+def test_all_digits_at_the_default_size():
+    data = load("digits", "unused", seed=3)
+    assert data.images.shape == (20_000, 1, 32, 32) and data.n_classes == 10
+
+
+def save(path, image, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **more)
+
+
+def test_folder_modes(tmp_path):
+    """Any format and mode that Pillow reads comes out as the same picture."""
+    folder, rgb = tmp_path / "pictures", Image.fromarray(picture(0, 16))
+    save(folder / "a.png", rgb)
+    save(folder / "b.bmp", rgb)
+    save(folder / "c.webp", rgb, lossless=True)
+    save(folder / "d.png", rgb.convert("RGBA"))
+    save(folder / "e.tiff", rgb.convert("CMYK"))
+    save(folder / "f.png", rgb.quantize(256))
+    save(folder / "g.gif", rgb, save_all=True, append_images=[Image.new("RGB", (16, 16))] * 2)
+    save(folder / "h.JPG", rgb, quality=100, subsampling=0)
+    data = load(folder, tmp_path / "data", 16)
+    assert data.images.shape == (8, 3, 16, 16) and data.n_classes == 0
+    expected = picture(0, 16).transpose(2, 0, 1).astype(float)
+    for image in data.images.numpy():
+        assert np.abs(image - expected).mean() < 8
+
+
+def test_grey_stays_grey(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    folder = tmp_path / "grey"
+    save(folder / "8bit.png", Image.fromarray(ramp))
+    save(folder / "16bit.png", Image.fromarray(ramp.astype(np.uint16) * 257))
+    save(folder / "alpha.png", Image.fromarray(ramp).convert("LA"))
+    save(folder / "float.tiff", Image.fromarray(ramp.astype(np.float32)))
+    data = load(folder, tmp_path / "data", 16)
+    assert data.images.shape == (4, 1, 16, 16)
+    assert all(np.abs(image[0].astype(int) - ramp).max() <= 1 for image in data.images.numpy())
+    save(folder / "colour.png", Image.fromarray(picture(0)))
+    data = load(folder, tmp_path / "data", 16)
+    assert data.images.shape == (5, 3, 16, 16)
+    assert (data.images[0, 0] == data.images[0, 2]).all(), "grey among colours has three equal channels"
+
+
+def test_transparency_is_white_and_orientation_is_applied(tmp_path):
+    folder = tmp_path / "pictures"
+    save(folder / "clear.png", Image.new("RGBA", (20, 20), (10, 20, 30, 0)))
+    upright = Image.fromarray(picture(1, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
+    save(folder / "turned.jpg", upright.rotate(90, expand=True), exif=exif, quality=98, subsampling=0)
+    images = load(folder, tmp_path / "data", 32).images.numpy()
+    assert (images[0] == 255).all()
+    assert np.abs(images[1] - picture(1, 32).transpose(2, 0, 1).astype(float)).mean() < 12
+
+
+def test_shorter_side_and_centre(tmp_path):
+    """A wide picture loses its sides, and fine stripes are averaged instead of aliased."""
+    wide = np.zeros((64, 192, 3), np.uint8)
+    wide[:, 64:128] = 200
+    save(tmp_path / "pictures" / "wide.png", Image.fromarray(wide))
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    save(tmp_path / "pictures" / "stripes.png", Image.fromarray(stripes))
+    stripes_out, wide_out = load(tmp_path / "pictures", tmp_path / "data", 16).images.numpy()
+    assert np.abs(wide_out[:, :, 1:-1].astype(int) - 200).max() < 6
+    assert np.abs(stripes_out.astype(int) - 127).max() < 8
+
+
+def test_classes_are_subfolders(tmp_path):
+    folder = picture_folder(tmp_path / "pictures", (0, 1), classes=True)
+    data = load(folder, tmp_path / "data", 16)
+    assert data.labels.tolist() == [0, 1] and data.n_classes == 2
+    assert np.array_equal(data.images[1].permute(1, 2, 0), picture(1))
+    save(folder / "loose.png", Image.fromarray(picture(0)))
+    assert load(folder, tmp_path / "data", 16).n_classes == 0, "one file outside: no labels"
+
+
+def test_unreadable_files_are_named_and_skipped(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "pictures")
+    (folder / "text.png").write_text("not an image")
+    (folder / "empty.jpg").touch()
+    (folder / "notes.txt").write_text("no image by its name: not even looked at")
+    (folder / ".hidden.png").write_text("nor this")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    for _ in range(2):  # named again when the images come from the cache
+        data = load(folder, tmp_path / "data", 16)
+        err = capsys.readouterr().err
+        assert data.images.shape == (1, 3, 16, 16)
+        assert "3 unreadable files are skipped: empty.jpg, loop.png, text.png" in err
+        assert "notes" not in err and "hidden" not in err
+
+
+def test_links_to_folders(tmp_path):
+    """A class may be a link; a link back up is not followed round and round."""
+    folder = tmp_path / "pictures"
+    picture_folder(tmp_path / "elsewhere")
+    folder.mkdir()
+    (folder / "cats").symlink_to(tmp_path / "elsewhere")
+    (folder / "up").symlink_to(folder)
+    data = load(folder, tmp_path / "data", 16)
+    assert len(data.images) == 1 and data.n_classes == 1
+
+
+def test_folder_is_decoded_once(tmp_path, monkeypatch):
+    """The second start reads the cache; a file added, changed or removed makes it decode again."""
+    folder = picture_folder(tmp_path / "pictures", (0, 1))
+    decoded, decode = [], common.decode_image
+    monkeypatch.setattr(common, "decode_image", lambda path, size: decoded.append(path) or decode(path, size))
+    first = load(folder, tmp_path / "data", 16).images.clone()
+    assert set(decoded) == {folder / "picture0.png", folder / "picture1.png"}
+    decoded.clear()
+    assert torch.equal(load(folder, tmp_path / "data", 16).images, first)
+    assert not decoded
+    Image.fromarray(picture(1)).save(folder / "new.png")
+    assert len(load(folder, tmp_path / "data", 16).images) == 3
+    (folder / "new.png").unlink()
+    assert len(load(folder, tmp_path / "data", 16).images) == 2
+    Image.fromarray(picture(1)).save(folder / "picture0.png")
+    os.utime(folder / "picture0.png", ns=(1, 1))
+    changed = load(folder, tmp_path / "data", 16).images
+    assert torch.equal(changed[0], changed[1])
+    load(folder, tmp_path / "data", 32)
+    load(folder, tmp_path / "data", 16)
+    kept = [p.name for p in (tmp_path / "data" / "folders").iterdir()]
+    assert len(kept) == 2, "one cache for each size, the stale ones gone"
+
+
+def test_two_runs_decode_at_once(tmp_path):
+    folder = picture_folder(tmp_path / "pictures", (0, 1))
+    results, barrier = [], threading.Barrier(4)
+
+    def start():
+        barrier.wait()
+        results.append(load(folder, tmp_path / "data", 16).images.clone())
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(results) == 4 and all(torch.equal(r, results[0]) for r in results)
+    assert len(list((tmp_path / "data" / "folders").iterdir())) == 1
+
+
+def test_decoded_images_are_memory_mapped(tmp_path):
+    folder = picture_folder(tmp_path / "pictures")
+    data = load(folder, tmp_path / "data", 16)
+    cache = next((tmp_path / "data" / "folders").iterdir())
+    assert np.array_equal(np.load(cache / "images.npy"), data.images)
+    shutil.rmtree(folder)  # the pictures may go once the tensor is open
+    assert data.images.sum() > 0
+
+
+def batch_args(**more):
+    args = SimpleNamespace(n_critic=2, batch_size=50, seed=0, device="cpu")
+    args.__dict__.update(more)
+    return args
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches(device):
+    """Images in [-1, 1] with their own labels, drawn uniformly with replacement."""
+    images = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
+    data = common.Data(images.to(device), torch.arange(256).to(device), 256)
+    batches = common.batches(batch_args(device=device), data, 0)
+    counts = torch.zeros(256)
+    for _ in range(100):
+        x, y = next(batches)
+        assert x.shape == (100, 3, 2, 2) and x.dtype == torch.float32 and y.shape == (100,)
+        assert torch.allclose(x, (y / 127.5 - 1)[:, None, None, None].expand_as(x), atol=1e-6)
+        counts += torch.bincount(y.cpu(), minlength=256)
+    assert counts.min() > 10 and counts.max() < 80  # Poisson with mean 39
+    x, y = next(batches)
+    assert len(set(y.tolist())) < 100, "with replacement"
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    n = 100_000
+    data = common.Data(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.arange(n), n)
+
+    def labels(first, n, **more):
+        batches = common.batches(batch_args(**more), data, first)
+        return [next(batches)[1].tolist() for _ in range(n)]
+
+    whole = labels(0, 6)
+    assert labels(3, 3) == whole[3:]
+    assert labels(0, 6, seed=1) != whole
+    drawn = [i for batch in whole for i in batch]
+    assert len(set(drawn)) > 590, "no step sees the images of the one before"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_from_host_memory_are_the_same(device, monkeypatch):
+    """A dataset that does not fit on the device stays where it is; the batches do not change."""
+    images = torch.randint(256, (99, 1, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(99).to(device)
+    near = common.batches(batch_args(device=device), common.Data(images.to(device), labels, 99), 0)
+    if device == "cpu":  # the same path, with a CPU in the place of the GPU
+
+        class Far(torch.Tensor):
+            device = torch.device("meta")
+
+        images = images.as_subclass(Far)
+    far = common.batches(batch_args(device=device), common.Data(images, labels, 99), 0)
+    for _ in range(5):
+        (x, y), (x_far, y_far) = next(near), next(far)
+        assert torch.equal(x, torch.Tensor(x_far.cpu()).to(device)) and torch.equal(y, y_far)
+
+
+def test_what_fits(monkeypatch):
+    images = torch.empty(100, dtype=torch.uint8)
+    assert common._fits(images, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
+    assert common._fits(images, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (190, 1000))
+    assert not common._fits(images, torch.device("cuda"))
+
+
+def test_a_download_that_breaks_leaves_nothing(tmp_path, monkeypatch):
+    def breaks(root, train, download=False):
+        os.makedirs(os.path.join(root, "MNIST", "raw"))
+        raise OSError("no route to host")
+
+    monkeypatch.setitem(common._TORCHVISION, "mnist", (breaks, "MNIST"))
+    with pytest.raises(SystemExit) as stop:
+        load("mnist", tmp_path / "data")
+    assert "no route to host" in stop.value.code
+    assert "--data-dir" in stop.value.code and "--dataset digits" in stop.value.code
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_download_is_kept(tmp_path, monkeypatch):
+    dataset_class = common._TORCHVISION["mnist"][0]
+
+    def downloads(root, train, download=False):
+        if download:
+            write_mnist(root)
+        return dataset_class(root, train=train)
+
+    monkeypatch.setitem(common._TORCHVISION, "mnist", (downloads, "MNIST"))
+    assert len(load("mnist", tmp_path / "data").images) == 20
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["MNIST"]

@@ -1,0 +1,281 @@
+"""Bad input: one clear line on stderr, the right exit code, no traceback, and nothing changed on disk."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SCRIPTS, picture, picture_folder, write_cifar10, write_mnist
+from PIL import Image
+
+import common
+
+
+def good_run(tmp_path, name="dcgan"):
+    data = picture_folder(tmp_path / "good")
+    flags = "--image-size 16 --width 8 --batch-size 2 --steps 1 --device cpu"
+    argv = f"--dataset {data} --data-dir {tmp_path / 'data'} --out-dir {tmp_path / 'run'} {flags}"
+    SCRIPTS[name].main(argv.split())
+    return argv
+
+
+def tree(folder):
+    """Every path below a folder with what it holds."""
+    return {
+        str(p.relative_to(folder)): None if p.is_dir() or p.is_symlink() else p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+    }
+
+
+# name: (flags, exit code, what the message says). {t} is the test's folder, where `digits` could be drawn.
+ARGUMENTS = {
+    "no such dataset": (
+        "--dataset imagenet",
+        2,
+        "--dataset imagenet is no dataset and no folder: choose mnist",
+    ),
+    "no such folder": ("--dataset {t}/nowhere", 2, "no folder"),
+    "dataset is a file": ("--dataset {t}/file", 2, "is a file, not a folder"),
+    "dataset is a circular link": ("--dataset {t}/loop", 2, "no dataset and no folder"),
+    "image size 48": (
+        "--dataset digits --image-size 48",
+        2,
+        "--image-size is 48: it must be a power of two from 16",
+    ),
+    "image size 8": ("--dataset digits --image-size 8", 2, "power of two from 16"),
+    "image size 0": ("--dataset digits --image-size 0", 2, "power of two from 16"),
+    "image size -16": ("--dataset digits --image-size -16", 2, "power of two from 16"),
+    "image size no number": ("--dataset digits --image-size big", 2, "invalid int value: 'big'"),
+    "batch size 1": ("--dataset digits --batch-size 1", 2, "--batch-size is 1: it must be 2 or more"),
+    "steps 0": ("--dataset digits --steps 0", 2, "--steps is 0: it must be 1 or more"),
+    "steps -5": ("--dataset digits --steps -5", 2, "1 or more"),
+    "steps 1.5": ("--dataset digits --steps 1.5", 2, "invalid int value"),
+    "n-critic 0": ("--dataset digits --n-critic 0", 2, "--n-critic is 0"),
+    "width 0": ("--dataset digits --width 0", 2, "--width is 0"),
+    "z-dim -1": ("--dataset digits --z-dim -1", 2, "--z-dim is -1"),
+    "lr 0": ("--dataset digits --lr 0", 2, "--lr is 0.0: it must be above 0"),
+    "lr negative": ("--dataset digits --lr=-1e-3", 2, "above 0"),
+    "lr nan": ("--dataset digits --lr nan", 2, "a finite number"),
+    "lr inf": ("--dataset digits --lr inf", 2, "a finite number"),
+    "beta1 1": ("--dataset digits --beta1 1", 2, "--beta1 is 1.0: it must be in [0, 1)"),
+    "beta2 -0.1": ("--dataset digits --beta2 -0.1", 2, "in [0, 1)"),
+    "seed negative": ("--dataset digits --seed -1", 2, "--seed is -1"),
+    "log-every 0": ("--dataset digits --log-every 0", 2, "--log-every is 0"),
+    "save-every 0": ("--dataset digits --save-every 0", 2, "--save-every is 0"),
+    "generate 0": ("--generate 0", 2, "--generate is 0"),
+    "resume and generate": ("--resume --generate 3", 2, "exclude each other"),
+    "unknown flag": ("--dataset digits --epochs 3", 2, "unrecognized arguments: --epochs"),
+    "unknown device": ("--dataset digits --device tpu", 2, "--device tpu cannot be used"),
+    "device meta": ("--dataset digits --device meta", 2, "not one of cpu, cuda"),
+    "no tensorboard": ("--dataset digits --tensorboard", 2, "pip install tensorboard"),
+    "out-dir is a file": ("--dataset digits --out-dir {t}/file", 1, "file is no folder"),
+    "out-dir below a file": ("--dataset digits --out-dir {t}/file/run", 1, "file is no folder"),
+    "out-dir is a circular link": ("--dataset digits --out-dir {t}/loop", 1, "loop is no folder"),
+    "nothing to resume": ("--dataset digits --out-dir {t}/new --resume", 1, "no checkpoint.pt in"),
+    "nothing to generate from": ("--out-dir {t}/new --generate 3", 1, "no checkpoint.pt in"),
+    "no MNIST, no network": ("--dataset mnist --data-dir {t}/none", 1, "--dataset digits"),
+    "empty folder": ("--dataset {t}/empty", 1, "holds no images"),
+    "folder of text files": ("--dataset {t}/texts", 1, "holds no images"),
+    "folder of unreadable images": ("--dataset {t}/broken", 1, "none of the 3 image files"),
+    "truncated MNIST": ("--dataset mnist --data-dir {t}/truncated", 1, "incomplete or damaged"),
+    "incomplete MNIST": ("--dataset mnist --data-dir {t}/incomplete", 1, "incomplete or damaged"),
+    "MNIST that is something else": ("--dataset mnist --data-dir {t}/wrong", 1, "incomplete or damaged"),
+    "MNIST with too few labels": ("--dataset mnist --data-dir {t}/labels", 1, "incomplete or damaged"),
+    "MNIST is a file": ("--dataset mnist --data-dir {t}/notdir", 1, "incomplete or damaged"),
+    "CIFAR-10 with a wrong checksum": ("--dataset cifar10 --data-dir {t}/cifar", 1, "incomplete or damaged"),
+    "data-dir is a file": ("--dataset {t}/pictures --data-dir {t}/file", 1, "choose another --data-dir"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_bad_arguments_and_data(case, tmp_path, capsys, monkeypatch):
+    flags, code, message = ARGUMENTS[case]
+    t = tmp_path / "t"
+    t.mkdir()
+    (t / "file").write_text("content")
+    (t / "loop").symlink_to(t / "loop")
+    picture_folder(t / "pictures")
+    for folder in ("empty", "texts", "broken"):
+        (t / folder).mkdir()
+    (t / "texts" / "notes.txt").write_text("text")
+    (t / "broken" / "zero.png").touch()
+    (t / "broken" / "text.jpg").write_text("text")
+    (t / "broken" / "cut.png").write_bytes((t / "pictures" / "picture0.png").read_bytes()[:60])
+    for folder in ("truncated", "incomplete", "wrong", "labels"):
+        write_mnist(t / folder)
+    raw = "MNIST/raw/train-images-idx3-ubyte"
+    with (t / "truncated" / raw).open("r+b") as f:
+        f.truncate(5000)
+    (t / "incomplete" / raw).unlink()
+    (t / "wrong" / raw).write_text("not an idx file at all")
+    shutil.copy(t / "labels" / raw.replace("images-idx3", "labels-idx1"), t / "labels" / raw)
+    (t / "notdir").mkdir()
+    (t / "notdir" / "MNIST").write_text("a file")
+    with pytest.MonkeyPatch.context() as m:
+        write_cifar10(t / "cifar", m)  # torchvision's own checksums are those of the real files
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(t)
+
+    class NoNetwork:
+        def __init__(self, root, train, download=False):
+            raise OSError("no network")
+
+    if "no network" in case:
+        monkeypatch.setitem(common._TORCHVISION, "mnist", (NoNetwork, "MNIST"))
+    before = tree(t)
+    argv = flags.format(t=t).split()
+    if "--device" not in argv:
+        argv += ["--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS["dcgan"].main(argv)
+    err = capsys.readouterr().err
+    if isinstance(stop.value.code, str):  # Python prints it and exits with 1
+        err, stop.value.code = err + stop.value.code + "\n", 1
+    assert stop.value.code == code
+    assert message in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert tree(t) == before
+
+
+def corrupt(path, how):
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif how == "zero bytes":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("hello")
+    elif how == "a foreign pickle":
+        torch.save({"model": print}, path)
+    elif how == "another dictionary":
+        torch.save({"state_dict": {}}, path)
+    elif how == "a bare tensor":
+        torch.save(torch.zeros(3), path)
+    elif how == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "another script's":
+        saved = torch.load(path, weights_only=True)
+        torch.save({**saved, "script": "wgan"}, path)
+    elif how == "a part missing":
+        saved = torch.load(path, weights_only=True)
+        saved["state"]["G"].popitem()
+        torch.save(saved, path)
+
+
+BAD_CHECKPOINTS = {
+    "truncated": "is not a readable checkpoint",
+    "zero bytes": "is not a readable checkpoint",
+    "text": "is not a readable checkpoint",
+    "a foreign pickle": "is not a readable checkpoint",
+    "another dictionary": "is not a checkpoint of these scripts",
+    "a bare tensor": "is not a checkpoint of these scripts",
+    "a folder": "is not a readable checkpoint",
+    "another script's": "is a checkpoint of wgan.py, not of dcgan.py",
+    "a part missing": "does not fit dcgan.py",
+}
+
+
+@pytest.mark.parametrize("how", BAD_CHECKPOINTS)
+@pytest.mark.parametrize("flags", ["--resume", "--generate 3"])
+def test_bad_checkpoints(how, flags, tmp_path, capsys):
+    argv = good_run(tmp_path)
+    path = tmp_path / "run" / "checkpoint.pt"
+    corrupt(path, how)
+    before = tree(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS["dcgan"].main([*argv.split(), *flags.split()])
+    assert BAD_CHECKPOINTS[how] in stop.value.code and str(tmp_path / "run") in stop.value.code
+    assert "\n" not in stop.value.code
+    assert tree(tmp_path) == before
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    argv = good_run(tmp_path)
+    before = tree(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS["dcgan"].main(argv.split())
+    assert "already holds a run" in stop.value.code
+    assert "--resume" in stop.value.code and "--out-dir" in stop.value.code
+    assert tree(tmp_path) == before
+
+
+def test_cgan_needs_labels(tmp_path):
+    flat = picture_folder(tmp_path / "pictures", (0, 1))
+    before = tree(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        argv = ["--dataset", flat, "--data-dir", tmp_path / "data", "--out-dir", tmp_path / "run"]
+        SCRIPTS["cgan"].main([str(a) for a in argv])
+    assert "no labels" in stop.value.code and "one subfolder per class" in stop.value.code
+    assert tree(tmp_path) == before
+
+
+def test_variant_flags(capsys, tmp_path):
+    for name, flags, message in (
+        ("wgan", "--clip 0", "--clip is 0.0: it must be above 0"),
+        ("wgan_gp", "--gp-weight -1", "--gp-weight is -1.0: it must be 0 or more"),
+        ("lsgan", "--a nan", "--a is nan: it must be a finite number"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            SCRIPTS[name].parse_args(
+                ["--dataset", "digits", "--out-dir", str(tmp_path / "run"), *flags.split()]
+            )
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_no_permission(tmp_path, monkeypatch):
+    """os.access is what is asked; root may write anywhere, so it is told no here."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS["dcgan"].parse_args(["--dataset", "digits", "--out-dir", str(tmp_path / "run")])
+    assert "no permission to write" in stop.value.code
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        argv = ["--dataset", "digits", "--device", "cuda", "--out-dir", str(tmp_path / "run")]
+        SCRIPTS["dcgan"].parse_args(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "--device cuda cannot be used" in err and err.count("\n") == 1
+
+
+def test_as_a_program(tmp_path):
+    """Through the shell: exit codes, one line, and no traceback even where the error is not ours."""
+    script = [sys.executable, str(ROOT / "dcgan.py")]
+    wrong = subprocess.run([*script, "--lr", "0"], capture_output=True, text=True, cwd=tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+    assert wrong.stderr.startswith("dcgan.py: error: --lr is 0.0")
+    argv = [*script, "--dataset", str(tmp_path), "--device", "cpu"]
+    world = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    assert world.returncode == 1 and world.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_the_world_are_one_line(capsys):
+    common._one_line_excepthook(PermissionError, PermissionError(13, "Permission denied", "/x"), None)
+    common._one_line_excepthook(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA\nout of memory"), None)
+    common._one_line_excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 3 and "Permission denied" in err and "CUDA out of memory" in err
+
+
+def test_odd_files_beside_good_ones(tmp_path, capsys):
+    """16-bit, palette, CMYK, RGBA and animated files are read; zero-byte files and text are skipped by name."""
+    folder = picture_folder(tmp_path / "pictures")
+    rgb = Image.fromarray(picture(0))
+    Image.fromarray(np.full((16, 16), 30_000, np.uint16)).save(folder / "sixteen.png")
+    rgb.quantize(8).save(folder / "palette.png")
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    rgb.convert("RGBA").save(folder / "rgba.png")
+    rgb.save(folder / "animated.gif", save_all=True, append_images=[rgb, rgb])
+    (folder / "zero.png").touch()
+    (folder / "text.png").write_text("text")
+    argv = f"--dataset {folder} --data-dir {tmp_path / 'data'} --out-dir {tmp_path / 'run'} --device cpu"
+    SCRIPTS["dcgan"].main([*argv.split(), "--image-size", "16", "--width", "8", "--steps", "1"])
+    err = capsys.readouterr().err
+    assert "2 unreadable files are skipped: text.png, zero.png" in err and "Traceback" not in err
