@@ -610,7 +610,8 @@ def generate(args, state, draw, n_classes=0):
         folder.mkdir()
     except OSError as e:
         fail(f"{folder} cannot be made ({e.strerror}): move or delete what is there")
-    for start in tqdm(range(0, args.generate, 100), "generating", unit="00 images"):
+    bar = tqdm(desc="generating", total=args.generate, unit="image")
+    for start in range(0, args.generate, 100):
         i = torch.arange(start, start + 100, device=args.device)
         images = draw(i).add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         for k, image in zip(range(start, args.generate), images, strict=False):
@@ -620,6 +621,8 @@ def generate(args, state, draw, n_classes=0):
                 picture.save(folder / name)
             except OSError as e:
                 fail(f"{folder / name} cannot be written ({e.strerror})")
+            bar.update()
+    bar.close()
     print(folder)
 
 
@@ -648,7 +651,7 @@ class steps(tqdm):
 
     def __init__(self, args, first):
         terminal = sys.stderr.isatty()
-        self.args, self.seconds_before = args, _logged_seconds(args)
+        self.args, self.last, self.seconds_before = args, max(first, args.steps), _logged_seconds(args)
         super().__init__(
             range(first + 1, args.steps + 1),
             args.script,
@@ -681,7 +684,7 @@ class steps(tqdm):
         finally:
             signal.signal(signal.SIGINT, before)
             _stop = False
-        print(f"{self.args.out_dir}/samples/{self.args.steps:06d}.png")
+        print(f"{self.args.out_dir}/samples/{self.last:06d}.png")
 
 
 def _logged_seconds(args):

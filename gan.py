@@ -7,8 +7,9 @@ Goodfellow et al. 2014, Generative Adversarial Networks. https://arxiv.org/abs/1
 
 The first of the seven; read dcgan.py beside it.
 
-Deviations from the paper: Adam with its usual GAN settings, where the authors' code has SGD with momentum
-and a decaying rate; z is N(0, I) and G ends in tanh on [-1, 1], where theirs is uniform noise and a sigmoid.
+The paper leaves the networks open; layers, maxout and dropout are those of the authors' mnist.yaml
+(github.com/goodfeli/adversarial). Deviations from it: Adam, where it has SGD with momentum and a decaying
+rate; z is N(0, I), where it is uniform; tanh on [-1, 1] instead of a sigmoid on [0, 1]; 32 px, padded.
 
     python gan.py --dataset mnist
 """

@@ -8,8 +8,9 @@ Miyato et al. 2018, Spectral Normalization for Generative Adversarial Networks. 
 Differs from wgan_gp.py in: the hinge loss, the networks of the paper's Table 3, spectral norm on every layer
 of D where the gradient penalty was, one D update per G update, and Adam's settings.
 
-Deviations from the paper: one initialisation for all layers, N(0, 0.02). D's widths are those of Table 3;
-the authors' code doubles them one layer earlier.
+D's widths are those of Table 3; the Chainer code of the authors' lab (pfnet-research/chainer-gan-lib) doubles
+them one layer earlier. Optimiser: setting C of the paper's Table 1. The paper trains with cross entropy too;
+hinge is its eqs. 16 and 17. Deviations from the paper: none known but the N(0, 0.02) initialisation.
 
     python sngan.py --dataset cifar10
 """

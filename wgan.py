@@ -8,8 +8,9 @@ Arjovsky, Chintala, Bottou 2017, Wasserstein GAN. https://arxiv.org/abs/1701.078
 Differs from dcgan.py in: both losses, RMSprop, clipping after each of five D updates per G update, and the
 defaults that go with them.
 
-Deviations from the paper: the authors' code also gives D 100 updates per G update in the first 25 steps and
-in every 500th; as in Algorithm 1 of the paper, we do not.
+Follows Algorithm 1 of the paper where the authors' code (github.com/martinarjovsky/WassersteinGAN) differs:
+that clips before each update of D, so that G learns from a D that is not clipped, and gives D 100 updates
+instead of 5 in the first 25 steps and in every 500th. Deviation from both: 32 px by default, not 64.
 
     python wgan.py --dataset mnist
 """

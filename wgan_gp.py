@@ -8,8 +8,10 @@ Gulrajani et al. 2017, Improved Training of Wasserstein GANs. https://arxiv.org/
 Differs from wgan.py in: the penalty where the clipping was, no batch norm in D (it would tie the samples of
 a batch together, and the penalty is on each one's gradient), and Adam.
 
-Deviations from the paper: dcgan.py's networks, with no norm in D, where the paper's CIFAR-10 result is of
-a ResNet; a constant learning rate, where it decays to 0.
+Adam's betas (0.5, 0.9) are those of the authors' gan_cifar.py (github.com/igul222/improved_wgan_training);
+Algorithm 1 of the paper has (0, 0.9). Deviations from that code: dcgan.py's 4x4 kernels and width 64, where
+it has 5x5 and 128; z has 100 dimensions, not 128; N(0, 0.02) initialisation. The paper's best CIFAR-10
+result is of a ResNet.
 
     python wgan_gp.py --dataset cifar10
 """

@@ -265,7 +265,7 @@ def test_errors_of_the_world_are_one_line(capsys):
 
 
 def test_odd_files_beside_good_ones(tmp_path, capsys):
-    """16-bit, palette, CMYK, RGBA and animated files are read; zero-byte files and text are skipped by name."""
+    """16-bit, palette, CMYK, RGBA and animated files are read; empty files and text are skipped by name."""
     folder = picture_folder(tmp_path / "pictures")
     rgb = Image.fromarray(picture(0))
     Image.fromarray(np.full((16, 16), 30_000, np.uint16)).save(folder / "sixteen.png")
