@@ -160,7 +160,7 @@ def load_data(args, labelled=False):
         images, labels = draw_digits(20_000, args.image_size, args.seed)
         n_classes = 10
     elif args.dataset in BUILT_IN:
-        images, labels = _load_torchvision(args.dataset, Path(args.data_dir))
+        images, labels = load_torchvision(args.dataset, Path(args.data_dir))
         images = _resize(images, args.image_size)
         n_classes = 10
     else:
@@ -256,14 +256,14 @@ _TORCHVISION = {  # dataset: class, folder under --data-dir
 }
 
 
-def _load_torchvision(name, data_dir):
-    """The training images of a torchvision dataset, uint8 (N, C, S, S), and labels (N,); MNIST's 28 px padded
-    to 32. Downloads into `data_dir` what is not there; what is there is never written to."""
+def load_torchvision(name, data_dir, train=True):
+    """The training or test images of a torchvision dataset, uint8 (N, C, 32, 32), and labels (N,); MNIST's
+    28 px padded to 32. Downloads into `data_dir` what is not there; what is there is never written to."""
     dataset_class, folder = _TORCHVISION[name]
     if not (data_dir / folder).exists():
         _download(dataset_class, folder, name, data_dir)
     try:
-        dataset = dataset_class(data_dir, train=True)
+        dataset = dataset_class(data_dir, train=train)
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         if images.ndim == 3:
             images = torch.nn.functional.pad(images, (2, 2, 2, 2))[:, None]

@@ -90,16 +90,18 @@ def test_every_batch_and_every_noise_is_used_once(name, tmp_path):
             noise.append(inputs[0])
             labels_G.append(inputs[1:])
             fakes.append(output.detach())
+            carries_graph.append(output.requires_grad)
         elif not (name == "wgan_gp" and inputs[0].requires_grad and inputs[0].is_leaf):  # the penalty's x_hat
             seen.append(inputs[0].detach())
             labels_D.append(inputs[1:])
 
-    fakes = []
+    fakes, carries_graph = [], []
     run.G.register_forward_hook(watch)
     run.D.register_forward_hook(watch)
     x_reals, ys = next(run.batches)
     run.train_step(x_reals, ys)
     assert len(noise) == 4 and len(seen) == 7
+    assert carries_graph == [False, False, False, True], "D's fakes are data, G's are not"
     assert len({tuple(z.flatten().tolist()) for z in noise}) == 4, "noise was used twice"
     assert all(z.shape == (4, 6) for z in noise)
     z = torch.cat(noise).flatten()

@@ -1,0 +1,218 @@
+"""Scores images made by `--generate` against a real dataset, in the features of a small classifier.
+
+    python tests/quality.py mnist runs/dcgan-mnist/generated
+    python tests/quality.py mnist --run dcgan --width 32 --steps 3000     (trains, draws 10,000, scores)
+
+The classifier is trained here, once, on the dataset's training images at 32 px, and kept under
+`<data-dir>/quality/`. Its features are not Inception's: the numbers compare runs with each other and with the
+floor, which is the same score of real training against real test images, and not with published FIDs.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+
+# --------------------------------------------------------------------------------------------- metrics
+
+
+def frechet_distance(a, b):
+    """Fréchet distance of two sets of features (N, d), each taken as a Gaussian:
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Heusel et al. 2017 (arXiv 1706.08500), eq. 6; 0 for
+    equal sets, and biased upwards for small ones, so that only equal sample sizes compare."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # C_a C_b has the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2).
+    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(0.0, distance.item())
+
+
+def classes_covered(predicted, n_classes):
+    """How many classes get at least a tenth of an equal share of the images: predicted int64 (N,)."""
+    shares = torch.bincount(predicted, minlength=n_classes) / len(predicted)
+    return int((shares >= 0.1 / n_classes).sum())
+
+
+def kl_from_uniform(predicted, n_classes):
+    """KL(histogram of the predicted classes || uniform), in nats: 0 when all are equally frequent,
+    ln n_classes when all images are of one class. Real data need not be at 0."""
+    p = torch.bincount(predicted, minlength=n_classes).double() / len(predicted)
+    return (p[p > 0] * (p[p > 0] * n_classes).log()).sum().item()
+
+
+def precision_recall(real, fake, k=5):
+    """(precision, recall) of Kynkäänniemi et al. 2019 (arXiv 1904.06991), eqs. 1 and 2, with features (N, d):
+    the share of fakes inside the real manifold, and of real images inside that of the fakes, where a manifold
+    is the union of balls that reach from each point to its k-th nearest neighbour."""
+
+    def share_inside(points, manifold):
+        radii = torch.cat(
+            [torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(1000)]
+        )
+        inside = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(1000)]
+        return torch.cat(inside).double().mean().item()
+
+    return share_inside(fake, real), share_inside(real, fake)
+
+
+# ------------------------------------------------------------------------------------------- classifier
+
+
+class Classifier(nn.Module):
+    """Images (N, C, 32, 32) in [-1, 1] -> logits (N, 10); `features` is the layer before, (N, 128)."""
+
+    def __init__(self, channels, width=32):
+        super().__init__()
+        layers, c_in = [], channels
+        for c in (width, width * 2, width * 4):
+            layers += [nn.Conv2d(c_in, c, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+            c_in = c
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * 4 * 16, 128), nn.ReLU())
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def real_images(dataset, data_dir, split):
+    """(uint8 (N, C, 32, 32), labels (N,)) of a "train" or "test" split; `digits` draws new ones to test."""
+    if dataset == "digits":
+        return common.draw_digits(20_000, 32, seed=0 if split == "train" else 1)
+    images, labels = common.load_torchvision(dataset, Path(data_dir), train=split == "train")
+    return images, labels
+
+
+def normalise(images):
+    return images.float() / 127.5 - 1
+
+
+def trained_classifier(dataset, data_dir, device, steps):
+    """The classifier of a dataset, from its cache or trained with Adam for `steps` batches of 128."""
+    path = Path(data_dir, "quality", f"{dataset}-{steps}.pt")
+    if not path.exists() and not _writable(path.parent):
+        path = Path("data", "quality", path.name)
+    images, labels = real_images(dataset, data_dir, "train")
+    net = Classifier(images.shape[1]).to(device)
+    if path.exists():
+        net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        return net.eval()
+    torch.manual_seed(0)
+    net = Classifier(images.shape[1]).to(device)
+    optimiser = torch.optim.Adam(net.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    args = SimpleNamespace(n_critic=1, batch_size=128, seed=0, device=str(device))
+    batches = common.batches(args, common.Data(images.to(device), labels.to(device), 10), 0)
+    for _ in common.tqdm(range(steps), "training the classifier"):
+        x, y = next(batches)
+        loss = nn.functional.cross_entropy(net(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(net.state_dict(), path)
+    return net.eval()
+
+
+def _writable(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def describe(net, images):
+    """Features (N, 128) and predicted classes (N,) of uint8 images."""
+    device = next(net.parameters()).device
+    features = [net.features(normalise(part.to(device))) for part in images.split(500)]
+    features = torch.cat(features)
+    return features.cpu(), net.head(features).argmax(1).cpu()
+
+
+def score(net, real, fake, labels=None):
+    """Every metric of uint8 images `fake` against `real`, by name; `labels` are the classes asked for."""
+    (real_features, _), (fake_features, predicted) = describe(net, real), describe(net, fake)
+    n = min(len(real), len(fake))
+    # The pairwise distances of precision and recall are of 5,000 images at most.
+    precision, recall = precision_recall(real_features[: min(n, 5000)], fake_features[: min(n, 5000)])
+    result = {
+        "images": n,
+        "frechet": frechet_distance(real_features[:n], fake_features[:n]),
+        "classes": classes_covered(predicted, 10),
+        "kl": kl_from_uniform(predicted, 10),
+        "precision": precision,
+        "recall": recall,
+    }
+    if labels is not None:
+        result["label_accuracy"] = (predicted == labels).double().mean().item()
+    return result
+
+
+# --------------------------------------------------------------------------------------------- program
+
+
+def read_folder(folder):
+    """uint8 (N, C, S, S) of a folder of generated PNGs, and the classes in their names, or None."""
+    files = sorted(Path(folder).glob("*.png"))
+    if not files:
+        common.fail(f"{folder} holds no generated images: make some with --generate")
+    images = np.stack([np.asarray(Image.open(f)) for f in files])
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    classes = [re.search(r"_class(\d+)", f.name) for f in files]
+    labels = torch.tensor([int(c[1]) for c in classes]) if all(classes) else None
+    return torch.from_numpy(images.copy()), labels
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("dataset", choices=["mnist", "fashion-mnist", "cifar10", "digits"])
+    p.add_argument("folder", nargs="?", help="of images made by --generate")
+    p.add_argument("--run", metavar="SCRIPT", help="train this script first, with the flags that follow")
+    p.add_argument("--data-dir", default="data")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--images", type=int, default=10_000, help="to generate after --run")
+    p.add_argument("--classifier-steps", type=int, default=1500)
+    args, flags = p.parse_known_args(argv)
+    if bool(args.run) == bool(args.folder) or (flags and not args.run):
+        p.error("name either a folder or --run SCRIPT with that script's flags")
+    if args.run:
+        script = importlib.import_module(args.run)
+        run = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--device", args.device, *flags]
+        script.main(run)
+        out_dir = script.parse_args([*run, "--resume"]).out_dir
+        script.main(["--out-dir", out_dir, "--device", args.device, "--generate", str(args.images)])
+        args.folder = Path(out_dir, "generated")
+
+    net = trained_classifier(args.dataset, args.data_dir, args.device, args.classifier_steps)
+    fake, labels = read_folder(args.folder)
+    train, _ = real_images(args.dataset, args.data_dir, "train")
+    test, test_labels = real_images(args.dataset, args.data_dir, "test")
+    if fake.shape[1:] != train.shape[1:]:
+        common.fail(
+            f"{args.folder} has images {tuple(fake.shape[1:])}, {args.dataset} {tuple(train.shape[1:])}"
+        )
+    # A fixed choice of training images, so that classes in file order do not matter.
+    train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(test)]]
+    result = score(net, train, fake, labels)
+    floor = score(net, train[: len(fake)], test[: len(fake)], test_labels[: len(fake)])
+    print(json.dumps({"folder": str(args.folder), **result, "floor": floor}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

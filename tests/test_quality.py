@@ -1,0 +1,127 @@
+"""The metrics of tests/quality.py on sets whose scores are known."""
+
+import json
+import math
+
+import pytest
+import quality
+import torch
+from PIL import Image
+
+import common
+
+
+def gaussian(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_frechet_of_a_set_with_itself_is_0():
+    x = gaussian(500, 8) @ gaussian(8, 8, 1)
+    assert quality.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_closed_forms():
+    """Between N(m, s^2 I) and N(0, I) it is |m|^2 + d (s - 1)^2: exact when one set is a map of the other."""
+    x = gaussian(2000, 4)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # now exactly N(0, I)
+    shift = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
+    assert quality.frechet_distance(x, x + shift) == pytest.approx(5.25, rel=1e-6)
+    assert quality.frechet_distance(x, 3 * x) == pytest.approx(4 * (3 - 1) ** 2, rel=1e-6)
+    a = gaussian(4, 4, 3)
+    cov = a @ a.T  # tr(I + C - 2 C^(1/2)) for a linear map with covariance C
+    expected = (torch.linalg.eigvalsh(cov).sqrt() - 1).square().sum()
+    assert quality.frechet_distance(x, x @ a.T) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_frechet_of_a_collapsed_set_is_large():
+    x = gaussian(500, 8)
+    one_point = torch.zeros(500, 8, dtype=torch.float64)
+    expected = x.mean(0).square().sum() + x.T.cov().trace()
+    assert quality.frechet_distance(x, one_point) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_classes_and_kl():
+    even, one = torch.arange(1000) % 10, torch.full((1000,), 3)
+    assert quality.classes_covered(even, 10) == 10 and quality.classes_covered(one, 10) == 1
+    assert quality.kl_from_uniform(even, 10) == pytest.approx(0, abs=1e-12)
+    assert quality.kl_from_uniform(one, 10) == pytest.approx(math.log(10))
+    half = torch.arange(1000) % 5
+    assert quality.kl_from_uniform(half, 10) == pytest.approx(math.log(2))
+    few = torch.cat([torch.zeros(991), torch.ones(9)]).long()  # 0.9 % is less than a tenth of a share
+    assert quality.classes_covered(few, 10) == 1
+
+
+def test_precision_and_recall():
+    x = gaussian(300, 3)
+    assert quality.precision_recall(x, x) == (1, 1)
+    assert quality.precision_recall(x, x + 100) == (0, 0)
+    both = torch.cat([x, x + 100])
+    precision, recall = quality.precision_recall(both, x)  # one of two modes: all real, half of it covered
+    assert precision == 1 and recall == pytest.approx(0.5, abs=0.01)
+    precision, recall = quality.precision_recall(x, both)
+    assert precision == pytest.approx(0.5, abs=0.01) and recall == 1
+    collapsed = x[:1] + 1e-6 * gaussian(300, 3, 1)
+    precision, recall = quality.precision_recall(x, collapsed)
+    assert precision == 1 and recall < 0.05
+
+
+def test_precision_reaches_to_the_kth_neighbour():
+    real = torch.arange(10.0, dtype=torch.float64)[:, None]
+    fake = torch.tensor([[-2.5], [-5.5], [4.2]], dtype=torch.float64).repeat_interleave(3, 0)
+    # The outermost ball reaches to its 2nd neighbour, 2 away; with k = 5, 5 away.
+    assert quality.precision_recall(real, fake, k=2)[0] == pytest.approx(1 / 3)
+    assert quality.precision_recall(real, fake, k=5)[0] == pytest.approx(2 / 3)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def scored(folder, data_dir, capsys):
+    argv = ["digits", str(folder), "--data-dir", str(data_dir), "--device", "cpu", "--classifier-steps", "40"]
+    quality.main(argv)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_program(tmp_path, data_dir, capsys, monkeypatch):
+    """Real digits score like the floor, a collapsed set badly; the same twice; the classifier is kept."""
+    draw = common.draw_digits  # fewer of them, for speed
+    monkeypatch.setattr(common, "draw_digits", lambda n, size, seed: draw(1000, size, seed))
+    images, labels = draw(600, 32, seed=7)
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        name = f"{i:06d}_class{label}.png"
+        Image.fromarray(image[0].numpy()).save(tmp_path / "good" / name)
+        Image.fromarray(images[0, 0].numpy()).save(tmp_path / "bad" / name)
+    good = scored(tmp_path / "good", data_dir, capsys)
+    assert good["classes"] == 10 and good["label_accuracy"] > 0.6
+    assert good["frechet"] < 3 * good["floor"]["frechet"]
+    assert [p.name for p in (data_dir / "quality").iterdir()] == ["digits-40.pt"]
+    bad = scored(tmp_path / "bad", data_dir, capsys)
+    assert bad["classes"] == 1 and bad["kl"] == pytest.approx(math.log(10)) and bad["label_accuracy"] < 0.3
+    assert bad["frechet"] > 10 * good["frechet"] and bad["recall"] < 0.1
+    assert scored(tmp_path / "good", data_dir, capsys) == good
+    with pytest.raises(SystemExit) as stop:
+        scored(tmp_path, data_dir, capsys)
+    assert "holds no generated images" in stop.value.code
+
+
+def test_trains_generates_and_scores(tmp_path, data_dir, capsys, monkeypatch):
+    draw = common.draw_digits
+    monkeypatch.setattr(common, "draw_digits", lambda n, size, seed: draw(1000, size, seed))
+    argv = ["digits", "--run", "cgan", "--data-dir", str(data_dir), "--device", "cpu", "--images", "40"]
+    argv += [
+        "--classifier-steps",
+        "40",
+        "--out-dir",
+        str(tmp_path / "run"),
+        "--width",
+        "4",
+        "--batch-size",
+        "4",
+    ]
+    quality.main([*argv, "--steps", "2"])
+    result = json.loads(capsys.readouterr().out.split("generated\n")[-1])
+    assert result["images"] == 40 and 0 <= result["label_accuracy"] <= 1
