@@ -217,7 +217,7 @@ def draw_digits(n, size, seed):
     """
     rng = np.random.default_rng(seed)
     fine = 4 * size  # glyphs are drawn four times larger and reduced, so that thin strokes stay smooth
-    heights = np.linspace(0.6, 0.95, 6)
+    heights = np.linspace(0.75, 1.0, 6)
     strokes = np.linspace(0.0, 0.03, 4)
     glyphs = {}
     for h, height in enumerate(heights):
@@ -232,9 +232,9 @@ def draw_digits(n, size, seed):
 
     labels = rng.integers(10, size=n)
     picks = zip(labels.tolist(), *rng.integers([[len(heights)], [len(strokes)]], size=(2, n)), strict=True)
-    angle = np.radians(rng.uniform(-15, 15, n))
-    shear = rng.uniform(-0.25, 0.25, n)
-    shift = rng.uniform(-0.08, 0.08, (n, 2)) * size
+    angle = np.radians(rng.uniform(-10, 10, n))
+    shear = rng.uniform(-0.15, 0.15, n)
+    shift = rng.uniform(-0.05, 0.05, (n, 2)) * size
     # Affine maps about the middle of the image, from output to input: rotation, then horizontal shear.
     a, b = np.cos(angle), np.sin(angle) + shear * np.cos(angle)
     c, d = -np.sin(angle), np.cos(angle) - shear * np.sin(angle)
