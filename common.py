@@ -61,10 +61,10 @@ def parse_args(parser, argv, script):
             parser.error(f"{flag} is {getattr(args, name)}: it must be {wanted}")
 
     size = args.image_size
-    check(size >= 16 and size & (size - 1) == 0, "image_size", "a power of two from 16: 16, 32, 64, ...")
-    check(args.batch_size >= 2, "batch_size", "2 or more")
+    check(16 <= size <= 4096 and size & (size - 1) == 0, "image_size", "a power of two from 16 to 4096")
+    check(2 <= args.batch_size < 2**31, "batch_size", "2 or more, and below 2^31")
     for name in ("steps", "z_dim", "width", "n_critic", "log_every", "save_every"):
-        check(getattr(args, name) >= 1, name, "1 or more")
+        check(1 <= getattr(args, name) < 2**31, name, "1 or more, and below 2^31")
     check(0 <= args.seed < 2**63, "seed", "between 0 and 2^63 - 1")
     check(args.generate is None or args.generate >= 1, "generate", "1 or more")
     for name, value in vars(args).items():
@@ -80,13 +80,16 @@ def parse_args(parser, argv, script):
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if torch.device(args.device).type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("not one of cpu, cuda, cuda:1, ..., mps")
-        torch.empty(1, device=args.device)
+        device = torch.device(args.device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("not one of cpu, cuda, cuda:1, ...")
+        torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and graphs are made on the current device
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         parser.error(f"--device {args.device} cannot be used ({reason}): leave it out, or pass --device cpu")
-    args.cuda_graph = args.cuda_graph and torch.device(args.device).type == "cuda"
+    args.cuda_graph = args.cuda_graph and device.type == "cuda"
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs the tensorboard package: pip install tensorboard")
 
@@ -122,7 +125,7 @@ def _one_line_excepthook(kind, error, trace):
     """What the world does to a program in one line; a traceback only for what is a bug in it."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-    elif issubclass(kind, (OSError, MemoryError, torch.OutOfMemoryError)):
+    elif issubclass(kind, (OSError, MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
         print("error:", " ".join(str(error).split()) or kind.__name__, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
@@ -567,13 +570,15 @@ def save_checkpoint(args, step, state):
         buffer,
     )
     write_file(Path(args.out_dir, "checkpoint.pt"), buffer.getvalue())
+    global _saved
+    _saved = step
     flags.update(step=step, torch=torch.__version__)
     write_file(Path(args.out_dir, "args.json"), (json.dumps(flags, indent=1) + "\n").encode())
 
 
 def _last_checkpoint(args):
     if Path(args.out_dir, "checkpoint.pt").exists():
-        return f"{args.out_dir}/checkpoint.pt still holds the last good one. A lower --lr often helps"
+        return f"checkpoint.pt in {args.out_dir} is from before; try again elsewhere with a lower --lr"
     return "no checkpoint was written"
 
 
@@ -630,6 +635,7 @@ def generate(args, state, draw, n_classes=0):
 
 LOG_COLUMNS = ("step", "seconds", "loss_D", "loss_G", "d_real", "d_fake")
 _stop = False  # set by Ctrl-C: finish the step in hand, save, end
+_saved = None  # the step of the last checkpoint
 
 
 def log_due(args, step):
@@ -676,7 +682,7 @@ class steps(tqdm):
         try:
             for step in super().__iter__():
                 yield step
-                if _stop:
+                if _stop and _saved == step:  # else it came after this step's save_due: one more step
                     self.close()
                     message = f"stopped and saved at step {step}: the same command with --resume continues"
                     print(message, file=sys.stderr)
@@ -747,7 +753,7 @@ def cuda_graph(function, args, warmup=3):
             try:
                 inputs = [x.clone() for x in new_inputs]
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # batches may be pinning
                     outputs = function(*inputs)
             except RuntimeError as e:
                 graph = None

@@ -9,7 +9,8 @@ The first of the seven; read dcgan.py beside it.
 
 The paper leaves the networks open; layers, maxout and dropout are those of the authors' mnist.yaml
 (github.com/goodfeli/adversarial). Deviations from it: Adam, where it has SGD with momentum and a decaying
-rate; z is N(0, I), where it is uniform; tanh on [-1, 1] instead of a sigmoid on [0, 1]; 32 px, padded.
+rate; z is N(0, I), where it is uniform; tanh on [-1, 1] instead of a sigmoid on [0, 1]; N(0, 0.02)
+instead of uniform initial weights; 32 px, padded.
 
     python gan.py --dataset mnist
 """
@@ -135,7 +136,7 @@ def main(argv=None):
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
     def train_step(x_reals, ys):
-        """n_critic updates of D, each on its own batch of x_reals, then one update of G."""
+        """n_critic updates of D, each on its own batch of x_reals, then one of G. ys: labels, for cgan.py."""
         # D: minimise d_loss, with G fixed
         D.requires_grad_(True)
         for x_real in x_reals.chunk(args.n_critic):

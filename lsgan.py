@@ -130,7 +130,7 @@ def main(argv=None):
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
     def train_step(x_reals, ys):
-        """n_critic updates of D, each on its own batch of x_reals, then one update of G."""
+        """n_critic updates of D, each on its own batch of x_reals, then one of G. ys: labels, for cgan.py."""
         # D: minimise d_loss, with G fixed
         D.requires_grad_(True)
         for x_real in x_reals.chunk(args.n_critic):

@@ -10,7 +10,8 @@ of D where the gradient penalty was, one D update per G update, and Adam's setti
 
 D's widths are those of Table 3; the Chainer code of the authors' lab (pfnet-research/chainer-gan-lib) doubles
 them one layer earlier. Optimiser: setting C of the paper's Table 1. The paper trains with cross entropy too;
-hinge is its eqs. 16 and 17. Deviations from the paper: none known but the N(0, 0.02) initialisation.
+hinge is its eqs. 16 and 17. Deviations from the paper: batch norm and ReLU after G's dense layer too, as in
+that code; one power iteration in every forward pass of D, where Algorithm 1 has one per update.
 
     python sngan.py --dataset cifar10
 """
@@ -71,7 +72,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, channels, image_size, image_size) -> scores (N,), 1-Lipschitz in each layer."""
+    """Images (N, channels, image_size, image_size) -> scores (N,). Every weight has spectral norm 1."""
 
     def __init__(self, width, channels, image_size):
         super().__init__()
@@ -89,7 +90,7 @@ class Discriminator(nn.Module):
 
 
 def sn(layer):
-    """The layer, its weight divided by its largest singular value by one power iteration per forward pass
+    """The layer, its weight divided by its largest singular value, one power iteration per forward pass
     (Algorithm 1). Initialised first: once wrapped, `weight` is computed, and setting it would do nothing."""
     return torch.nn.utils.parametrizations.spectral_norm(layer.apply(init_weights))
 
@@ -136,7 +137,7 @@ def main(argv=None):
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
     def train_step(x_reals, ys):
-        """n_critic updates of D, each on its own batch of x_reals, then one update of G."""
+        """n_critic updates of D, each on its own batch of x_reals, then one of G. ys: labels, for cgan.py."""
         # D: minimise d_loss, with G fixed
         D.requires_grad_(True)
         for x_real in x_reals.chunk(args.n_critic):

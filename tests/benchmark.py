@@ -43,12 +43,25 @@ class OurLoop:
 
     def __init__(self, name, argv):
         self.go, self.done, self.left, self.ended = threading.Semaphore(0), threading.Semaphore(0), 0, False
+        self.error = None
         self.script = importlib.import_module(name)
         self.thread = threading.Thread(target=self._main, args=(argv,), daemon=True)
         self.thread.start()
+        self._wait()
+
+    def _wait(self):
         self.done.acquire()
+        if self.error is not None:
+            sys.exit(f"{self.script.__name__}.py stopped: {self.error}")
 
     def _main(self, argv):
+        try:
+            self._run(argv)
+        except BaseException as e:  # an exit in a thread would leave the benchmark waiting
+            self.error = e
+            self.done.release()
+
+    def _run(self, argv):
         loop, cuda_graph, open_run = self, common.cuda_graph, common.open_run
 
         class Steps(common.steps):
@@ -81,7 +94,7 @@ class OurLoop:
         start = time.perf_counter()
         self.left = n
         self.go.release()
-        self.done.acquire()
+        self._wait()
         return (time.perf_counter() - start) / n
 
     def end(self):

@@ -4,12 +4,14 @@
     python tests/quality.py mnist --run dcgan --width 32 --steps 3000     (trains, draws 10,000, scores)
 
 The classifier is trained here, once, on the dataset's training images at 32 px, and kept under
-`<data-dir>/quality/`. Its features are not Inception's: the numbers compare runs with each other and with the
+`--cache-dir`. Its features are not Inception's: the numbers compare runs with each other and with the
 floor, which is the same score of real training against real test images, and not with published FIDs.
 """
 
 import argparse
+import hashlib
 import importlib
+import io
 import json
 import re
 import sys
@@ -23,6 +25,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+
+NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 
 # --------------------------------------------------------------------------------------------- metrics
 
@@ -100,12 +104,11 @@ def normalise(images):
     return images.float() / 127.5 - 1
 
 
-def trained_classifier(dataset, data_dir, device, steps):
+def trained_classifier(dataset, data_dir, cache_dir, device, steps):
     """The classifier of a dataset, from its cache or trained with Adam for `steps` batches of 128."""
-    path = Path(data_dir, "quality", f"{dataset}-{steps}.pt")
-    if not path.exists() and not _writable(path.parent):
-        path = Path("data", "quality", path.name)
     images, labels = real_images(dataset, data_dir, "train")
+    state = hashlib.sha256(images.numpy()).hexdigest()[:8]
+    path = Path(cache_dir, f"{dataset}-{steps}-{state}.pt")
     net = Classifier(images.shape[1]).to(device)
     if path.exists():
         net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
@@ -123,17 +126,10 @@ def trained_classifier(dataset, data_dir, device, steps):
         loss.backward()
         optimiser.step()
         schedule.step()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(net.state_dict(), path)
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    common.write_file(path, buffer.getvalue())
     return net.eval()
-
-
-def _writable(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return True
 
 
 @torch.no_grad()
@@ -183,8 +179,11 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dataset", choices=["mnist", "fashion-mnist", "cifar10", "digits"])
     p.add_argument("folder", nargs="?", help="of images made by --generate")
-    p.add_argument("--run", metavar="SCRIPT", help="train this script first, with the flags that follow")
+    p.add_argument(
+        "--run", metavar="SCRIPT", choices=NAMES, help="train this script first, with the flags that follow"
+    )
     p.add_argument("--data-dir", default="data")
+    p.add_argument("--cache-dir", default="data/quality", help="where the classifier is kept")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--images", type=int, default=10_000, help="to generate after --run")
     p.add_argument("--classifier-steps", type=int, default=1500)
@@ -199,7 +198,7 @@ def main(argv=None):
         script.main(["--out-dir", out_dir, "--device", args.device, "--generate", str(args.images)])
         args.folder = Path(out_dir, "generated")
 
-    net = trained_classifier(args.dataset, args.data_dir, args.device, args.classifier_steps)
+    net = trained_classifier(args.dataset, args.data_dir, args.cache_dir, args.device, args.classifier_steps)
     fake, labels = read_folder(args.folder)
     train, _ = real_images(args.dataset, args.data_dir, "train")
     test, test_labels = real_images(args.dataset, args.data_dir, "test")

@@ -79,7 +79,16 @@ def data_dir(tmp_path_factory):
 
 
 def scored(folder, data_dir, capsys):
-    argv = ["digits", str(folder), "--data-dir", str(data_dir), "--device", "cpu", "--classifier-steps", "40"]
+    argv = [
+        "digits",
+        str(folder),
+        "--cache-dir",
+        str(data_dir),
+        "--device",
+        "cpu",
+        "--classifier-steps",
+        "40",
+    ]
     quality.main(argv)
     return json.loads(capsys.readouterr().out)
 
@@ -98,7 +107,7 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
     good = scored(tmp_path / "good", data_dir, capsys)
     assert good["classes"] == 10 and good["label_accuracy"] > 0.6
     assert good["frechet"] < 3 * good["floor"]["frechet"]
-    assert [p.name for p in (data_dir / "quality").iterdir()] == ["digits-40.pt"]
+    assert [p.name[:10] for p in data_dir.iterdir()] == ["digits-40-"]
     bad = scored(tmp_path / "bad", data_dir, capsys)
     assert bad["classes"] == 1 and bad["kl"] == pytest.approx(math.log(10)) and bad["label_accuracy"] < 0.3
     assert bad["frechet"] > 10 * good["frechet"] and bad["recall"] < 0.1
@@ -111,7 +120,7 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
 def test_trains_generates_and_scores(tmp_path, data_dir, capsys, monkeypatch):
     draw = common.draw_digits
     monkeypatch.setattr(common, "draw_digits", lambda n, size, seed: draw(1000, size, seed))
-    argv = ["digits", "--run", "cgan", "--data-dir", str(data_dir), "--device", "cpu", "--images", "40"]
+    argv = ["digits", "--run", "cgan", "--cache-dir", str(data_dir), "--device", "cpu", "--images", "40"]
     argv += [
         "--classifier-steps",
         "40",

@@ -104,8 +104,7 @@ def test_every_batch_and_every_noise_is_used_once(name, tmp_path):
     assert carries_graph == [False, False, False, True], "D's fakes are data, G's are not"
     assert len({tuple(z.flatten().tolist()) for z in noise}) == 4, "noise was used twice"
     assert all(z.shape == (4, 6) for z in noise)
-    z = torch.cat(noise).flatten()
-    assert z.min() < 0, "z is N(0, I)"
+    assert all(z.min() < 0 and z.max() > 1 for z in noise), "z is N(0, I), not uniform"
     for k, x_real in enumerate(x_reals.split(4)):
         assert any(torch.equal(x, x_real) for x in seen[2 * k : 2 * k + 2])
         assert any(torch.equal(x, fakes[k]) for x in seen[2 * k : 2 * k + 2])
@@ -233,7 +232,7 @@ def test_run(name, device, tmp_path):
 
 # Flags under which one picture is learnt quickly: few steps at a high rate.
 QUICK = {
-    "gan": "--steps 250 --width 100",
+    "gan": "--steps 400 --width 100",
     "dcgan": "--steps 200 --width 16",
     "cgan": "--steps 300 --width 16",
     "lsgan": "--steps 250 --width 16",
@@ -259,9 +258,7 @@ def test_learns_one_picture(name, tmp_path):
         kind = int(file.stem.endswith("class1"))
         image = np.asarray(Image.open(file), float)
         distance = [np.abs(image - picture(k)).mean() for k in (kind, 1 - kind)]
-        assert distance[0] < (45 if name == "cgan" else 40) and distance[0] < distance[1], (
-            f"{file}: {distance}"
-        )
+        assert distance[0] < 45 and distance[0] < distance[1], f"{file}: {distance}"
 
 
 def test_losses_that_are_not_finite_stop_the_run(tmp_path, monkeypatch, capsys):
@@ -294,6 +291,22 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         common.save_checkpoint(run.args, 9, {"G": run.G, "D": run.D})
     assert "the weights of G are not finite at step 9" in stop.value.code
     assert (tmp_path / "run-dcgan" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_seed(name, tmp_path):
+    """The same seed gives the same networks, fixed_z, noise and batches; another seed gives others."""
+
+    def numbers(seed, folder):
+        (tmp_path / folder).mkdir()
+        run = open_script(name, tmp_path / folder, "--seed", seed)
+        noise = torch.randn(5)  # what the first step would draw
+        return [*run.G.parameters(), *run.D.parameters(), run.fixed_z, noise, *next(run.batches)]
+
+    a, again, other = numbers(3, "a"), numbers(3, "again"), numbers(4, "other")
+    assert all(torch.equal(x, y) for x, y in zip(a, again, strict=True))
+    drawn = [(x, y) for x, y in zip(a, other, strict=True) if x.numel() > 1 and x.std() > 0]
+    assert not any(torch.equal(x, y) for x, y in drawn)
 
 
 def flag_changes(name, tmp_path, *flags):
