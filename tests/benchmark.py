@@ -2,16 +2,16 @@
 
     python tests/benchmark.py [--device cuda] [--dataset mnist --data-dir data] [--json FILE]
 
-For each script, at its defaults for 32 px and at 64 px, three ways of training the same networks with the
+For each script, at its defaults for 32 px and at 64 px, two ways of training the same networks with the
 same losses, in this process, in turns:
 
     ours    the script's own main loop, as `python <script>.py` runs it
-    usual   DataLoader with 2 workers and per-image transforms, eager, `.item()` of every loss at every step
-    bare    the script's train_step alone, on minibatches that are ready on the device
+    usual   DataLoader with 2 workers and per-image transforms, eager, PyTorch's default (not fused) Adam,
+            D not frozen in G's update, `.item()` of every loss at every step
 
-images/s counts the real images that D sees. ratio is ours over usual; overhead is the share of our loop that
-is not the bare step. Medians over `--rounds` turns of about `--seconds` each, after a warm-up; the device is
-synchronised around every turn.
+images/s counts the real images that D sees. ratio is ours over usual. overhead is the share of our loop that
+is not train_step on ready tensors, measured by leaving train_step out of the loop. Medians over `--rounds`
+turns of about `--seconds` each, after a warm-up; the device is synchronised around every turn.
 """
 
 import argparse
@@ -24,9 +24,9 @@ import platform
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -36,71 +36,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
-
-
-class OurLoop:
-    """A script's main, running in a thread that takes `n` steps whenever `time(n)` asks for them."""
-
-    def __init__(self, name, argv):
-        self.go, self.done, self.left, self.ended = threading.Semaphore(0), threading.Semaphore(0), 0, False
-        self.error = None
-        self.script = importlib.import_module(name)
-        self.thread = threading.Thread(target=self._main, args=(argv,), daemon=True)
-        self.thread.start()
-        self._wait()
-
-    def _wait(self):
-        self.done.acquire()
-        if self.error is not None:
-            sys.exit(f"{self.script.__name__}.py stopped: {self.error}")
-
-    def _main(self, argv):
-        try:
-            self._run(argv)
-        except BaseException as e:  # an exit in a thread would leave the benchmark waiting
-            self.error = e
-            self.done.release()
-
-    def _run(self, argv):
-        loop, cuda_graph, open_run = self, common.cuda_graph, common.open_run
-
-        class Steps(common.steps):
-            def __iter__(self):
-                loop.done.release()
-                for step in itertools.count(1):
-                    if loop.left == 0:
-                        loop.go.acquire()
-                    if loop.ended:
-                        return
-                    yield step
-                    loop.left -= 1
-                    if loop.left == 0:
-                        synchronise(loop.args)
-                        loop.done.release()
-
-        def keep_train_step(train_step, args):
-            self.train_step, self.args = train_step, args
-            self.step_fn = cuda_graph(train_step, args)
-            return self.step_fn
-
-        def keep_data(args, data, state):
-            self.data = data
-            return open_run(args, data, state)
-
-        with patched(common, steps=Steps, cuda_graph=keep_train_step, open_run=keep_data):
-            self.script.main(argv)
-
-    def time(self, n):
-        start = time.perf_counter()
-        self.left = n
-        self.go.release()
-        self._wait()
-        return (time.perf_counter() - start) / n
-
-    def end(self):
-        self.ended = True
-        self.go.release()
-        self.thread.join()
 
 
 @contextlib.contextmanager
@@ -116,7 +51,7 @@ def patched(module, **new):
 
 
 class PerImage(torch.utils.data.Dataset):
-    """One PIL image and one chain of transforms at a time, as torchvision's datasets give them."""
+    """One PIL image and one chain of transforms at a time, as torchvision's datasets do."""
 
     def __init__(self, data, size):
         self.images = data.images.cpu().permute(0, 2, 3, 1).numpy()
@@ -135,10 +70,9 @@ class PerImage(torch.utils.data.Dataset):
         ]
 
 
-def usual_batches(loop):
-    args = loop.args
+def usual_batches(args, data):
     loader = torch.utils.data.DataLoader(
-        PerImage(loop.data, args.image_size),
+        PerImage(data, args.image_size),
         batch_size=args.batch_size * args.n_critic,
         shuffle=True,
         drop_last=True,
@@ -151,44 +85,71 @@ def usual_batches(loop):
             yield x.to(args.device), y.to(args.device)
 
 
-def synchronise(args):
-    if torch.device(args.device).type == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(args, n, step):
-    start = time.perf_counter()
-    for _ in range(n):
-        step()
-    synchronise(args)
-    return (time.perf_counter() - start) / n
-
-
 def measure(name, argv, rounds, seconds):
-    """Medians of the seconds per step of the three ways, and the images per step."""
-    loop = OurLoop(name, argv)
-    args, usual = loop.args, usual_batches(loop)
-    ready = next(common.batches(args, loop.data, 0))
+    """Medians of the seconds per step: ours, usual, and the loop without its step; and the images per step.
 
-    def usual_step():
-        for loss in loop.train_step(*next(usual)):
-            loss.item()
+    Runs the script's main, with an iterator in the place of `common.steps` that looks at the clock between
+    the steps, and takes the usual way's turns while the script's loop waits for its next step.
+    """
+    real_cuda_graph, real_open_run = common.cuda_graph, common.open_run
+    times = {"ours": [], "usual": [], "empty": []}
+    run, stepping = SimpleNamespace(), True
 
-    def bare_step():
-        loop.step_fn(*ready)
+    def open_run(args, data, state):
+        run.args, run.data, run.state = args, data, state
+        return real_open_run(args, data, state)
 
-    ways = {
-        "ours": loop.time,
-        "usual": lambda n: timed(args, n, usual_step),
-        "bare": lambda n: timed(args, n, bare_step),
-    }
-    n = max(2, round(seconds / max(way(5) for way in ways.values())))
-    times = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, time_of in ways.items():
-            times[way].append(time_of(n))
-    loop.end()
-    return {way: statistics.median(t) for way, t in times.items()}, args.batch_size * args.n_critic
+    def cuda_graph(train_step, args):
+        run.train_step, step_fn = train_step, real_cuda_graph(train_step, args)
+        nothing = (torch.zeros((), device=args.device),) * 4
+        return lambda *batch: step_fn(*batch) if stepping else nothing
+
+    def now():
+        if torch.device(run.args.device).type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def usual(n, batches):
+        set_habits(run.state, usual=True)
+        start = now()
+        for _ in range(n):
+            for loss in run.train_step(*next(batches)):
+                loss.item()
+        end = now()
+        set_habits(run.state, usual=False)
+        return (end - start) / n
+
+    class Steps(common.steps):
+        def __iter__(self):
+            nonlocal stepping
+            batches = usual_batches(run.args, run.data)
+            count = itertools.count(1)
+            for _ in range(4):  # warm-up, and the capture of a CUDA graph
+                start = now()
+                yield next(count)
+            n = max(1, round(seconds / max(now() - start, usual(2, batches))))
+            for _ in range(rounds):
+                for way, steps in (("ours", n), ("empty", 10 * n)):
+                    stepping = way == "ours"
+                    start = now()
+                    for _ in range(steps):
+                        yield next(count)
+                    times[way].append((now() - start) / steps)
+                times["usual"].append(usual(n, batches))
+
+    with patched(common, steps=Steps, cuda_graph=cuda_graph, open_run=open_run):
+        importlib.import_module(name).main(argv)
+    return {way: statistics.median(t) for way, t in times.items()}, run.args.batch_size * run.args.n_critic
+
+
+def set_habits(state, usual):
+    for group in (g for name in ("opt_G", "opt_D") for g in state[name].param_groups if "fused" in g):
+        group["fused"] = not usual
+    D = state["D"].requires_grad_(True)
+    if usual:
+        D.requires_grad_ = lambda on: D
+    else:
+        del D.requires_grad_
 
 
 def main():
@@ -230,9 +191,9 @@ def main():
             argv += ["--cuda-graph"] * args.cuda_graph
             seconds, images = measure(name, argv, args.rounds, args.seconds)
         row = {"script": name, "image_size": size, "images_per_step": images}
-        row.update({f"{way}_images_per_s": images / s for way, s in seconds.items()})
+        row.update({f"{way}_images_per_s": images / seconds[way] for way in ("ours", "usual")})
         row["ratio"] = seconds["usual"] / seconds["ours"]
-        row["overhead"] = 1 - seconds["bare"] / seconds["ours"]
+        row["overhead"] = seconds["empty"] / seconds["ours"]
         results.append(row)
         print(
             f"{name:8} {size:3} {row['ours_images_per_s']:9.0f} {row['usual_images_per_s']:9.0f} "
