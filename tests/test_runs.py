@@ -423,7 +423,7 @@ class FakeCuda:
                 cuda.replays += 1
 
         class graph:
-            def __init__(self, g):
+            def __init__(self, g, capture_error_mode="global"):
                 pass
 
             def __enter__(self):
