@@ -438,7 +438,8 @@ def decode_image(path, size):
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 values = np.asarray(image, np.float32)
-                scale = 255 / 65535 if values.max() > 255 else 1  # 16 bits, or 8 in a wider mode
+                # 16 bits, or 8 in a wider mode
+                scale = 255 / 65535 if image.mode.startswith("I;16") or values.max() > 255 else 1
                 image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 rgba = image.convert("RGBA")

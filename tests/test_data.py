@@ -113,6 +113,11 @@ def test_grey_stays_grey(tmp_path):
     assert (data.images[0, 0] == data.images[0, 2]).all(), "grey among colours has three equal channels"
 
 
+def test_a_dark_16_bit_image_is_dark(tmp_path):
+    save(tmp_path / "grey" / "dark.png", Image.fromarray(np.full((16, 16), 250, np.uint16)))
+    assert load(tmp_path / "grey", tmp_path / "data", 16).images.max() <= 1
+
+
 def test_transparency_is_white_and_orientation_is_applied(tmp_path):
     folder = tmp_path / "pictures"
     save(folder / "clear.png", Image.new("RGBA", (20, 20), (10, 20, 30, 0)))
