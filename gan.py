@@ -74,7 +74,7 @@ class Maxout(nn.Module):
         self.linear = nn.Linear(n_in, n_out * 5)
 
     def forward(self, x):
-        return self.linear(x).unflatten(1, (-1, 5)).amax(2)
+        return self.linear(x).unflatten(1, (5, -1)).amax(1)
 
 
 class Discriminator(nn.Module):
