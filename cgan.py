@@ -93,7 +93,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(m):
-    """Weights N(0, 0.02), batch norm gains N(1, 0.02), biases 0 (DCGAN, section 4)."""
+    """Weights N(0, 0.02) (DCGAN, section 4), batch norm gains N(1, 0.02) and biases 0 (its authors' code)."""
     if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
         if m.bias is not None:
@@ -129,7 +129,7 @@ def main(argv=None):
     adam = {"lr": args.lr, "betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graph}
     opt_G = torch.optim.Adam(G.parameters(), **adam)
     opt_D = torch.optim.Adam(D.parameters(), **adam)
-    fixed_y = torch.arange(n_classes, device=device).repeat(8)  # 8 rows, one class per column
+    fixed_y = torch.arange(n_classes, device=device)[:16].repeat(8)  # 8 rows, a class per column
     fixed_z = torch.randn(len(fixed_y), args.z_dim, device=device)
     t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages: DCGAN, figure 4
     walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
@@ -159,14 +159,14 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z, y):
-        """G's images of z and y, with the batch norm statistics gathered in training."""
+        """G's images of z and y in evaluation mode: batch norms, if any, use their running statistics."""
         x = G.eval()(z, y)
         G.train()
         return x
 
     def save(step):
         common.save_checkpoint(args, step, state)
-        common.save_grid(args, step, sample(fixed_z, fixed_y), columns=n_classes)
+        common.save_grid(args, step, sample(fixed_z, fixed_y), columns=len(fixed_y) // 8)
         common.save_grid(args, "walk", sample(walk_z, walk_y), columns=10)
 
     if args.generate:

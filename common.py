@@ -89,7 +89,9 @@ def parse_args(parser, argv, script):
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         parser.error(f"--device {args.device} cannot be used ({reason}): leave it out, or pass --device cpu")
-    args.cuda_graph = args.cuda_graph and device.type == "cuda"
+    if args.cuda_graph and device.type != "cuda":
+        print(f"warning: --cuda-graph does nothing on {args.device}: it needs --device cuda", file=sys.stderr)
+        args.cuda_graph = False
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs the tensorboard package: pip install tensorboard")
 
@@ -741,16 +743,19 @@ def cuda_graph(function, args, warmup=3):
     """
     if not args.cuda_graph:
         return function
-    calls, graph, inputs, outputs = 0, None, None, None
+    calls, graph, inputs, outputs, side = 0, None, None, None, torch.cuda.Stream()
+
+    def detached(inputs):  # a result with its history would keep autograd's nodes of that step's stream alive
+        return [x.detach() for x in function(*inputs)]
 
     def call(*new_inputs):
         nonlocal calls, graph, inputs, outputs
         calls += 1
         if calls <= warmup:
-            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            current = torch.cuda.current_stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                result = function(*new_inputs)
+                result = detached(new_inputs)
             current.wait_stream(side)
             return result
         if calls == warmup + 1:
@@ -758,7 +763,7 @@ def cuda_graph(function, args, warmup=3):
                 inputs = [x.clone() for x in new_inputs]
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # batches may be pinning
-                    outputs = function(*inputs)
+                    outputs = detached(inputs)
             except RuntimeError as e:
                 graph = None
                 reason = (str(e) or type(e).__name__).splitlines()[0]

@@ -9,8 +9,8 @@ Adversarial Networks. https://arxiv.org/abs/1511.06434
 Differs from gan.py in: both networks (strided convolutions and batch norm instead of fully connected
 layers).
 
-Deviations from the paper: z is N(0, I), not uniform on [-1, 1]; 32 px by default where the paper has 64
-(one stage fewer; --image-size 64 gives the paper's); MNIST instead of LSUN.
+Deviations from the paper: z is N(0, I), not uniform on [-1, 1]; 4x4 kernels, not 5x5; half its widths, and
+one stage fewer for 32 px (--image-size 64 --width 128 gives the channels of its figure 1); MNIST, not LSUN.
 
     python dcgan.py --dataset mnist
 """
@@ -89,7 +89,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(m):
-    """Weights N(0, 0.02), batch norm gains N(1, 0.02), biases 0 (DCGAN, section 4)."""
+    """Weights N(0, 0.02) (DCGAN, section 4), batch norm gains N(1, 0.02) and biases 0 (its authors' code)."""
     if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
         if m.bias is not None:
@@ -152,7 +152,7 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z, with the batch norm statistics gathered in training."""
+        """G's images of z in evaluation mode: batch norms, if any, use their running statistics."""
         x = G.eval()(z)
         G.train()
         return x

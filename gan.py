@@ -7,7 +7,7 @@ Goodfellow et al. 2014, Generative Adversarial Networks. https://arxiv.org/abs/1
 
 The first of the seven; read dcgan.py beside it.
 
-The paper leaves the networks open; layers, maxout and dropout are those of the authors' mnist.yaml
+The paper leaves sizes open; layers, maxout and dropout are those of the authors' mnist.yaml
 (github.com/goodfeli/adversarial). Deviations from it: Adam, where it has SGD with momentum and a decaying
 rate; z is N(0, I), where it is uniform; tanh on [-1, 1] instead of a sigmoid on [0, 1]; N(0, 0.02)
 instead of uniform initial weights; 32 px, padded.
@@ -92,7 +92,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(m):
-    """Weights N(0, 0.02), batch norm gains N(1, 0.02), biases 0 (DCGAN, section 4)."""
+    """Weights N(0, 0.02) (DCGAN, section 4), batch norm gains N(1, 0.02) and biases 0 (its authors' code)."""
     if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
         if m.bias is not None:
@@ -158,7 +158,7 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z, with the batch norm statistics gathered in training."""
+        """G's images of z in evaluation mode: batch norms, if any, use their running statistics."""
         x = G.eval()(z)
         G.train()
         return x

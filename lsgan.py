@@ -7,7 +7,8 @@ Mao et al. 2016, Least Squares Generative Adversarial Networks. https://arxiv.or
 
 Differs from dcgan.py in: the two losses, --a --b --c, and the batch size.
 
-Deviations from the paper: dcgan.py's networks at 32 px, where the paper's are deeper and at 112 px.
+Deviations from the paper: dcgan.py's networks at 32 px, where the paper's are deeper and at 112 px. The
+authors' train_lsun.py (github.com/xudonmao/LSGAN) has a learning rate of 1e-3 and a uniform z of 1024.
 
     python lsgan.py --dataset mnist
 """
@@ -89,7 +90,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(m):
-    """Weights N(0, 0.02), batch norm gains N(1, 0.02), biases 0 (DCGAN, section 4)."""
+    """Weights N(0, 0.02) (DCGAN, section 4), batch norm gains N(1, 0.02) and biases 0 (its authors' code)."""
     if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
         if m.bias is not None:
@@ -152,7 +153,7 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z, with the batch norm statistics gathered in training."""
+        """G's images of z in evaluation mode: batch norms, if any, use their running statistics."""
         x = G.eval()(z)
         G.train()
         return x

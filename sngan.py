@@ -96,7 +96,7 @@ def sn(layer):
 
 
 def init_weights(m):
-    """Weights N(0, 0.02), batch norm gains N(1, 0.02), biases 0 (DCGAN, section 4)."""
+    """Weights N(0, 0.02) (DCGAN, section 4), batch norm gains N(1, 0.02) and biases 0 (its authors' code)."""
     if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
         if m.bias is not None:
@@ -159,7 +159,7 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z, with the batch norm statistics gathered in training."""
+        """G's images of z in evaluation mode: batch norms, if any, use their running statistics."""
         x = G.eval()(z)
         G.train()
         return x

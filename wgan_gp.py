@@ -90,7 +90,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(m):
-    """Weights N(0, 0.02), batch norm gains N(1, 0.02), biases 0 (DCGAN, section 4)."""
+    """Weights N(0, 0.02) (DCGAN, section 4), batch norm gains N(1, 0.02) and biases 0 (its authors' code)."""
     if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
         if m.bias is not None:
@@ -101,7 +101,8 @@ def init_weights(m):
 
 
 def d_loss(d_real, d_fake):
-    """E[D(G(z))] - E[D(x)], from scores (N,): minus the distance, Arjovsky et al. 2017, Algorithm 1."""
+    """E[D(G(z))] - E[D(x)], from scores (N,): minus an estimate of the distance, up to a factor.
+    Arjovsky et al. 2017, Algorithm 1."""
     return d_fake.mean() - d_real.mean()
 
 
@@ -163,7 +164,7 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z, with the batch norm statistics gathered in training."""
+        """G's images of z in evaluation mode: batch norms, if any, use their running statistics."""
         x = G.eval()(z)
         G.train()
         return x

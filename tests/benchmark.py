@@ -6,8 +6,8 @@ For each script, at its defaults for 32 px and at 64 px, two ways of training th
 same losses, in this process, in turns:
 
     ours    the script's own main loop, as `python <script>.py` runs it
-    usual   DataLoader with 2 workers and per-image transforms, eager, PyTorch's default (not fused) Adam,
-            D not frozen in G's update, `.item()` of every loss at every step
+    usual   DataLoader with 2 workers and per-image transforms, eager, the optimiser as PyTorch makes it by
+            default, D not frozen in G's update, `.item()` of every loss at every step
 
 images/s counts the real images that D sees. ratio is ours over usual. overhead is the share of our loop that
 is not train_step on ready tensors, measured by leaving train_step out of the loop. Medians over `--rounds`
@@ -93,7 +93,7 @@ def measure(name, argv, rounds, seconds):
     """
     real_cuda_graph, real_open_run = common.cuda_graph, common.open_run
     times = {"ours": [], "usual": [], "empty": []}
-    run, stepping = SimpleNamespace(), True
+    run, stepping, optimisers = SimpleNamespace(), True, None
 
     def open_run(args, data, state):
         run.args, run.data, run.state = args, data, state
@@ -110,31 +110,36 @@ def measure(name, argv, rounds, seconds):
         return time.perf_counter()
 
     def usual(n, batches):
-        set_habits(run.state, usual=True)
+        with usual_habits(run.state, optimisers):
+            start = now()
+            for _ in range(n):
+                for loss in run.train_step(*next(batches)):
+                    loss.item()
+            return (now() - start) / n
+
+    def ours(n, steps):
         start = now()
         for _ in range(n):
-            for loss in run.train_step(*next(batches)):
-                loss.item()
-        end = now()
-        set_habits(run.state, usual=False)
-        return (end - start) / n
+            yield next(steps)
+        times["empty" if not stepping else "ours"].append((now() - start) / n)
 
     class Steps(common.steps):
         def __iter__(self):
-            nonlocal stepping
+            nonlocal stepping, optimisers
+            optimisers = {name: plain(run.state[name]) for name in ("opt_G", "opt_D")}
             batches = usual_batches(run.args, run.data)
             count = itertools.count(1)
-            for _ in range(4):  # warm-up, and the capture of a CUDA graph
-                start = now()
+            for _ in range(5):  # warm-up, and the capture of a CUDA graph
                 yield next(count)
-            n = max(1, round(seconds / max(now() - start, usual(2, batches))))
+            usual(5, batches)  # the workers have started and filled their queues
+            n = max(1, round(seconds / usual(5, batches)))
             for _ in range(rounds):
-                for way, steps in (("ours", n), ("empty", 10 * n)):
-                    stepping = way == "ours"
-                    start = now()
-                    for _ in range(steps):
-                        yield next(count)
-                    times[way].append((now() - start) / steps)
+                stepping = True
+                yield from ours(n, count)
+                stepping = False
+                yield from ours(10 * n, count)
+                stepping = True
+                usual(min(n, 5), batches)  # uses up what the workers loaded while ours had its turn
                 times["usual"].append(usual(n, batches))
 
     with patched(common, steps=Steps, cuda_graph=cuda_graph, open_run=open_run):
@@ -142,14 +147,21 @@ def measure(name, argv, rounds, seconds):
     return {way: statistics.median(t) for way, t in times.items()}, run.args.batch_size * run.args.n_critic
 
 
-def set_habits(state, usual):
-    for group in (g for name in ("opt_G", "opt_D") for g in state[name].param_groups if "fused" in g):
-        group["fused"] = not usual
+def plain(optimiser):
+    """The same optimiser as torch makes it by default: neither fused nor capturable."""
+    group = optimiser.param_groups[0]
+    settings = {k: group[k] for k in ("lr", "betas", "alpha", "momentum") if k in group}
+    return type(optimiser)(group["params"], **settings)
+
+
+@contextlib.contextmanager
+def usual_habits(state, optimisers):
     D = state["D"].requires_grad_(True)
-    if usual:
-        D.requires_grad_ = lambda on: D
-    else:
-        del D.requires_grad_
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patched(D, requires_grad_=lambda on: D))
+        for name, optimiser in optimisers.items():
+            stack.enter_context(patched(state[name], step=optimiser.step))
+        yield
 
 
 def main():

@@ -61,7 +61,7 @@ def kl_from_uniform(predicted, n_classes):
 def precision_recall(real, fake, k=5):
     """(precision, recall) of Kynkäänniemi et al. 2019 (arXiv 1904.06991), eqs. 1 and 2, with features (N, d):
     the share of fakes inside the real manifold, and of real images inside that of the fakes, where a manifold
-    is the union of balls that reach from each point to its k-th nearest neighbour."""
+    is the union of balls that reach from each point to its k-th nearest neighbour. Their k is 3."""
 
     def share_inside(points, manifold):
         radii = torch.cat(
@@ -176,7 +176,11 @@ def read_folder(folder):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # lsgan's --c is not short for --cache-dir
+    )
     p.add_argument("dataset", choices=["mnist", "fashion-mnist", "cifar10", "digits"])
     p.add_argument("folder", nargs="?", help="of images made by --generate")
     p.add_argument(
@@ -206,8 +210,11 @@ def main(argv=None):
         common.fail(
             f"{args.folder} has images {tuple(fake.shape[1:])}, {args.dataset} {tuple(train.shape[1:])}"
         )
-    # A fixed choice of training images, so that classes in file order do not matter.
-    train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(test)]]
+    # Fixed random orders: files may be sorted by class, or by difficulty as MNIST's test images.
+    rng = torch.Generator().manual_seed(0)
+    train = train[torch.randperm(len(train), generator=rng)[: len(test)]]
+    order = torch.randperm(len(test), generator=rng)
+    test, test_labels = test[order], test_labels[order]
     result = score(net, train, fake, labels)
     floor = score(net, train[: len(fake)], test[: len(fake)], test_labels[: len(fake)])
     print(json.dumps({"folder": str(args.folder), **result, "floor": floor}, indent=1))

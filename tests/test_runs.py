@@ -374,6 +374,12 @@ def test_grids_show_the_same_z(name, train, tmp_path):
     assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
+def test_grids_of_many_classes_show_the_first_16(tmp_path):
+    folder = picture_folder(tmp_path / "many", range(20), classes=True)
+    open_script("cgan", tmp_path, dataset=folder)
+    assert Image.open(tmp_path / "run-cgan" / "samples" / "000000.png").size == (16 * 18 + 2, 8 * 18 + 2)
+
+
 def test_drawing_grids_does_not_change_the_run(train, tmp_path):
     train("dcgan", "often", "--steps", 10, "--save-every", 1)
     train("dcgan", "seldom", "--steps", 10, "--save-every", 10)
@@ -461,16 +467,25 @@ class FakeCuda:
 
 def test_graph_is_captured_once_and_replayed(monkeypatch):
     cuda, seen = FakeCuda(monkeypatch), []
+    weight = torch.ones((), requires_grad=True)
 
     def function(x):
         seen.append(x)
-        return (x * 2,)
+        return (x * weight,)
 
     step = common.cuda_graph(function, types.SimpleNamespace(cuda_graph=True))
     for k in range(10):
-        step(torch.full((2,), float(k)))
+        (y,) = step(torch.full((2,), float(k)))
+        assert not y.requires_grad, "a result that holds its history keeps that step's nodes, on their stream"
     assert len(seen) == 4 and cuda.replays == 7
     assert seen[-1].tolist() == [9, 9], "each replay's input is copied into the captured buffer"
+
+
+def test_the_flag_without_a_gpu_says_that_it_does_nothing(train, tmp_path, capsys):
+    train("dcgan", "run", "--steps", 1, "--device", "cpu", "--cuda-graph")
+    err = capsys.readouterr().err.splitlines()
+    assert [line for line in err if "--cuda-graph" in line] == [err[0]] and err[0].startswith("warning:")
+    assert json.loads((tmp_path / "run/args.json").read_text())["cuda_graph"] is False
 
 
 def test_a_capture_that_fails_goes_on_without(monkeypatch, capsys):

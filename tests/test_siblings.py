@@ -53,7 +53,7 @@ DIFFERENCES["cgan"] = [
      "Discriminator(args.width, channels, args.image_size, n_classes)"),
     (
         "    fixed_z = torch.randn(64, args.z_dim, device=device)\n",
-        "    fixed_y = torch.arange(n_classes, device=device).repeat(8)  # 8 rows, one class per column\n"
+        "    fixed_y = torch.arange(n_classes, device=device)[:16].repeat(8)  # 8 rows, a class per column\n"
         "    fixed_z = torch.randn(len(fixed_y), args.z_dim, device=device)\n",
     ),
     ("    state = {", "    walk_y = fixed_y[:8].repeat_interleave(10)\n    state = {"),
@@ -66,9 +66,9 @@ DIFFERENCES["cgan"] = [
     ("D(x_real), D(x_fake)", "D(x_real, y), D(x_fake, y)"),
     (f"g_loss(D(G({Z})))", f"g_loss(D(G({Z}, y), y))"),
     ("def sample(z):", "def sample(z, y):"),
-    ("G's images of z, with", "G's images of z and y, with"),
+    ("G's images of z in", "G's images of z and y in"),
     ("x = G.eval()(z)", "x = G.eval()(z, y)"),
-    ("step, sample(fixed_z))", "step, sample(fixed_z, fixed_y), columns=n_classes)"),
+    ("step, sample(fixed_z))", "step, sample(fixed_z, fixed_y), columns=len(fixed_y) // 8)"),
     (
         "        common.generate(args, state, lambda i: sample("
         "torch.randn(len(i), args.z_dim, device=device)))\n",
