@@ -129,10 +129,10 @@ def measure(name, argv, rounds, seconds):
             optimisers = {name: plain(run.state[name]) for name in ("opt_G", "opt_D")}
             batches = usual_batches(run.args, run.data)
             count = itertools.count(1)
-            for _ in range(5):  # warm-up, and the capture of a CUDA graph
+            for _ in range(4):  # warm-up, and the capture of a CUDA graph
                 yield next(count)
-            usual(5, batches)  # the workers have started and filled their queues
-            n = max(1, round(seconds / usual(5, batches)))
+            usual(2, batches)
+            n = max(1, round(seconds / usual(2, batches)))
             for _ in range(rounds):
                 stepping = True
                 yield from ours(n, count)
