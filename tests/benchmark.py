@@ -117,11 +117,11 @@ def measure(name, argv, rounds, seconds):
                     loss.item()
             return (now() - start) / n
 
-    def ours(n, steps):
+    def ours(n, count):
         start = now()
         for _ in range(n):
-            yield next(steps)
-        times["empty" if not stepping else "ours"].append((now() - start) / n)
+            yield next(count)
+        times["ours" if stepping else "empty"].append((now() - start) / n)
 
     class Steps(common.steps):
         def __iter__(self):
@@ -134,7 +134,6 @@ def measure(name, argv, rounds, seconds):
             usual(2, batches)
             n = max(1, round(seconds / usual(2, batches)))
             for _ in range(rounds):
-                stepping = True
                 yield from ours(n, count)
                 stepping = False
                 yield from ours(10 * n, count)
