@@ -15,8 +15,8 @@ that code; one power iteration in every forward pass of D, where Algorithm 1 has
 
     python sngan.py --width 32 --steps 3000
 
-gave MNIST digits at a Fréchet distance of 47 (tests/quality.py; real ones: 1.65) after 54 minutes on
-one core of an AMD EPYC with torch 2.15.0 (2026-11-22).
+gave MNIST digits at a Fréchet distance of 47 (tests/quality.py; real ones: 1.65) after 54 minutes
+(5 of them pauses) on one core of an AMD EPYC with torch 2.15.0 (2026-11-22).
 """
 
 import argparse
