@@ -6,8 +6,9 @@ For each script, at its defaults for 32 px and at 64 px, two ways of training th
 same losses, in this process, in turns:
 
     ours    the script's own main loop, as `python <script>.py` runs it
-    usual   DataLoader with 2 workers and per-image transforms, eager, the optimiser as PyTorch makes it by
-            default, D not frozen in G's update, `.item()` of every loss at every step
+    usual   torchvision's dataset with its per-image Resize, ToTensor and Normalize in a DataLoader with 2
+            workers, eager, the optimiser as PyTorch makes it by default, D not frozen in G's update,
+            `.item()` of every loss at every step
 
 images/s counts the real images that D sees. ratio is ours over usual. overhead is the share of our loop that
 is not train_step on ready tensors, measured by leaving train_step out of the loop. Medians over `--rounds`
@@ -30,12 +31,13 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image
-from torchvision import transforms
+from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
+TORCHVISION = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
 
 
 @contextlib.contextmanager
@@ -50,29 +52,32 @@ def patched(module, **new):
             setattr(module, k, v)
 
 
-class PerImage(torch.utils.data.Dataset):
-    """One PIL image and one chain of transforms at a time, as torchvision's datasets do."""
+class Digits(torch.utils.data.Dataset):
+    """The built-in digits one PIL image at a time, as torchvision's datasets are read."""
 
-    def __init__(self, data, size):
-        self.images = data.images.cpu().permute(0, 2, 3, 1).numpy()
-        self.labels = data.labels.cpu()
-        middle = [0.5] * self.images.shape[3]
-        steps = [transforms.Resize(size), transforms.ToTensor(), transforms.Normalize(middle, middle)]
-        self.transform = transforms.Compose(steps)
+    def __init__(self, data, transform):
+        self.images, self.labels = data.images[:, 0].cpu().numpy(), data.labels.cpu()
+        self.transform = transform
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        image = self.images[i]
-        return self.transform(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)), self.labels[
-            i
-        ]
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def usual_dataset(args, data):
+    middle = [0.5] * data.images.shape[1]
+    steps = [transforms.Resize(args.image_size), transforms.ToTensor(), transforms.Normalize(middle, middle)]
+    chain = transforms.Compose(steps)
+    if args.dataset == "digits":
+        return Digits(data, chain)
+    return TORCHVISION[args.dataset](args.data_dir, transform=chain)
 
 
 def usual_batches(args, data):
     loader = torch.utils.data.DataLoader(
-        PerImage(data, args.image_size),
+        usual_dataset(args, data),
         batch_size=args.batch_size * args.n_critic,
         shuffle=True,
         drop_last=True,
@@ -167,7 +172,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("scripts", nargs="*", help="all seven when none is named")
     p.add_argument("--device", default="cpu")
-    p.add_argument("--dataset", default="digits")
+    p.add_argument("--dataset", default="digits", choices=["digits", *TORCHVISION])
     p.add_argument("--data-dir", default="data")
     p.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
     p.add_argument("--width", type=int, help="instead of the scripts' defaults")
