@@ -87,6 +87,9 @@ class Discriminator(nn.Module):
             c *= 2
         layers += [nn.Conv2d(c, 1, 4)]
         self.net = nn.Sequential(*layers).apply(init_weights)
+        for m in self.net:  # without batch norm, N(0, 0.02) would take the signal away layer by layer
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, 0.2)  # He et al. 2015, eq. 15, as in the authors' code
 
     def forward(self, x):
         return self.net(x).flatten()
