@@ -117,20 +117,38 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
     assert "holds no generated images" in stop.value.code
 
 
-def test_trains_generates_and_scores(tmp_path, data_dir, capsys, monkeypatch):
-    draw = common.draw_digits
+def test_floor_is_of_a_random_part_of_the_test_images(tmp_path, data_dir, capsys, monkeypatch):
+    """Test images may come sorted; the first of them are not like the rest, then."""
+    draw, score, asked = common.draw_digits, quality.score, []
+
+    def by_class(n, size, seed):
+        images, labels = draw(1000, size, seed)
+        return images[labels.argsort()], labels.sort().values
+
+    def spy(net, real, fake, labels=None):
+        asked.append(labels)
+        return score(net, real, fake, labels)
+
+    monkeypatch.setattr(common, "draw_digits", by_class)
+    monkeypatch.setattr(quality, "score", spy)
+    (tmp_path / "few").mkdir()
+    for i in range(100):
+        Image.new("L", (32, 32), i).save(tmp_path / "few" / f"{i:06d}.png")
+    result = scored(tmp_path / "few", data_dir, capsys)
+    assert len(asked[1]) == 100 and asked[1].unique().tolist() == list(range(10))
+    assert result["floor"]["label_accuracy"] > 0.6  # the images went with their labels
+
+
+@pytest.mark.parametrize("script", ["cgan", "lsgan"])
+def test_trains_generates_and_scores(script, tmp_path, data_dir, capsys, monkeypatch):
+    """The flags it does not know are the script's: lsgan's --c is not short for --cache-dir."""
+    draw, out = common.draw_digits, tmp_path / "run"
     monkeypatch.setattr(common, "draw_digits", lambda n, size, seed: draw(1000, size, seed))
-    argv = ["digits", "--run", "cgan", "--cache-dir", str(data_dir), "--device", "cpu", "--images", "40"]
-    argv += [
-        "--classifier-steps",
-        "40",
-        "--out-dir",
-        str(tmp_path / "run"),
-        "--width",
-        "4",
-        "--batch-size",
-        "4",
-    ]
+    argv = ["digits", "--run", script, "--cache-dir", str(data_dir), "--device", "cpu", "--images", "40"]
+    argv += ["--classifier-steps", "40", "--out-dir", str(out), "--width", "4", "--batch-size", "4"]
+    argv += ["--c", "0.5"] if script == "lsgan" else []
     quality.main([*argv, "--steps", "2"])
     result = json.loads(capsys.readouterr().out.split("generated\n")[-1])
-    assert result["images"] == 40 and 0 <= result["label_accuracy"] <= 1
+    assert result["images"] == 40
+    assert ("label_accuracy" in result) == (script == "cgan")
+    assert json.loads((out / "args.json").read_text()).get("c") == (0.5 if script == "lsgan" else None)
