@@ -132,10 +132,8 @@ def main(argv=None):
     adam = {"lr": args.lr, "betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graph}
     opt_G = torch.optim.Adam(G.parameters(), **adam)
     opt_D = torch.optim.Adam(D.parameters(), **adam)
-    fixed_y = torch.arange(n_classes, device=device)[:16].repeat(8)  # 8 rows, a class per column
+    fixed_y = torch.arange(n_classes, device=device)[:16].repeat(8)  # 8 rows; a class per column, 16 at most
     fixed_z = torch.randn(len(fixed_y), args.z_dim, device=device)
-    t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages: DCGAN, figure 4
-    walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
     walk_y = fixed_y[:8].repeat_interleave(10)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
@@ -152,7 +150,7 @@ def main(argv=None):
             loss_D.backward()
             opt_D.step()
 
-        # G: minimise g_loss, with D fixed
+        # G: minimise g_loss, with D fixed and y as in the last batch
         D.requires_grad_(False)
         loss_G = g_loss(D(G(torch.randn(args.batch_size, args.z_dim, device=device), y), y))
         opt_G.zero_grad()
@@ -170,6 +168,8 @@ def main(argv=None):
     def save(step):
         common.save_checkpoint(args, step, state)
         common.save_grid(args, step, sample(fixed_z, fixed_y), columns=len(fixed_y) // 8)
+        t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages, after DCGAN, figure 4
+        walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
         common.save_grid(args, "walk", sample(walk_z, walk_y), columns=10)
 
     if args.generate:

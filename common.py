@@ -8,6 +8,7 @@ wrong argument, 1 for anything else.
 import contextlib
 import csv
 import functools
+import glob
 import hashlib
 import importlib.util
 import io
@@ -341,22 +342,24 @@ def _load_folder(folder, data_dir, size, labelled):
                 _decode_folder(folder, names, size, Path(tmp, "new"))
                 with contextlib.suppress(OSError):  # another run was faster: its result is the same
                     os.rename(Path(tmp, "new"), cache)
-            for old in root.glob(prefix + "*"):
+            for old in root.glob(glob.escape(prefix) + "*"):
                 if old != cache:
                     shutil.rmtree(old, ignore_errors=True)
         except OSError as e:
-            fail(f"the decoded images cannot be kept in {root} ({e.strerror}): choose another --data-dir")
+            fail(
+                f"the decoded images cannot be kept in {root} ({e.strerror or e}): choose another --data-dir"
+            )
 
     try:
         meta = json.loads((cache / "meta.json").read_text())
         images = torch.from_numpy(np.load(cache / "images.npy", mmap_mode="c"))
         labels = torch.from_numpy(np.load(cache / "labels.npy"))
-    except (OSError, ValueError, KeyError) as e:
+        skipped, n_classes = meta["skipped"], meta["n_classes"]
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
         fail(f"{cache} is damaged ({e}): delete it and run again")
-    if meta["skipped"]:
-        count, names = len(meta["skipped"]), _some(meta["skipped"])
-        print(f"warning: {count} unreadable files are skipped: {names}", file=sys.stderr)
-    return images, labels, meta["n_classes"]
+    if skipped:
+        print(f"warning: {len(skipped)} unreadable files are skipped: {_some(skipped)}", file=sys.stderr)
+    return images, labels, n_classes
 
 
 def _list_images(folder):
@@ -391,6 +394,9 @@ def _decode_folder(folder, names, size, out):
     """Writes images.npy, labels.npy and meta.json for the named files into the new folder `out`."""
     out.mkdir()
     images = np.lib.format.open_memmap(out / "all.npy", "w+", np.uint8, (len(names), 3, size, size))
+    if hasattr(os, "posix_fallocate"):  # a disk that fills up under a memory map would kill the process
+        with open(out / "all.npy", "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     kept, skipped, all_grey = [], [], True
     # Threads are enough: Pillow decodes and resizes without holding the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -440,8 +446,9 @@ def decode_image(path, size):
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 values = np.asarray(image, np.float32)
-                # 16 bits, or 8 in a wider mode
+                # 16 bits, 8 in a wider mode, or floats from 0 to 1
                 scale = 255 / 65535 if image.mode.startswith("I;16") or values.max() > 255 else 1
+                scale = 255 if image.mode == "F" and values.max() <= 1 else scale
                 image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 rgba = image.convert("RGBA")
@@ -465,7 +472,8 @@ _MAY_CHANGE = {
 
 
 def write_file(path, content):
-    """Writes bytes so that at every moment `path` holds either what it held before or all of `content`."""
+    """Writes bytes so that at every moment `path` holds either what it held before or all of `content`.
+    Not for two processes at once."""
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
@@ -488,6 +496,7 @@ def open_run(args, data, state):
     Exits with code 1 where the checkpoint cannot be read, is another script's, or was made under other flags.
     """
     args.data = [len(data.images), data.images.shape[1], data.n_classes]
+    _check_out_dir(args)  # again: another run may have come while the data was loading
     if not args.resume:
         return 0
     saved = _read_checkpoint(args)
@@ -540,9 +549,8 @@ def _load_state(args, state, saved):
             if isinstance(part, torch.Tensor):
                 part.copy_(content)
                 continue
-            if isinstance(
-                part, torch.optim.Optimizer
-            ):  # how it runs belongs to this machine, not to the file
+            if isinstance(part, torch.optim.Optimizer):
+                # How it runs belongs to this machine, not to the file.
                 for group, old in zip(part.param_groups, content["param_groups"], strict=True):
                     old.update({k: group[k] for k in ("fused", "foreach", "capturable") if k in group})
             part.load_state_dict(content)
@@ -553,7 +561,7 @@ def _load_state(args, state, saved):
 def save_checkpoint(args, step, state):
     """Writes `args.out_dir/checkpoint.pt` (`torch.load` reads it with weights_only=True) and args.json.
 
-    Refuses, with exit code 1, a state with a non-finite number in it, so that the last good checkpoint stays.
+    Refuses, with exit code 1, weights that are not finite, so that the last good checkpoint stays.
     """
     parts = {k: v if isinstance(v, torch.Tensor) else v.state_dict() for k, v in state.items()}
     for name, part in parts.items():
@@ -663,7 +671,8 @@ class steps(tqdm):
 
     def __init__(self, args, first):
         terminal = sys.stderr.isatty()
-        self.args, self.last, self.seconds_before = args, max(first, args.steps), _logged_seconds(args)
+        self.args, self.last = args, max(first, args.steps)
+        self.started = time.time() - _logged_seconds(args)
         super().__init__(
             range(first + 1, args.steps + 1),
             args.script,
@@ -721,7 +730,7 @@ def log(bar, step, losses):
             f"step {step} is not finite ({', '.join(map('='.join, shown.items()))}); {_last_checkpoint(args)}"
         )
     path = Path(args.out_dir, "log.csv")
-    seconds = bar.seconds_before + time.time() - bar.start_t
+    seconds = time.time() - bar.started
     header = "" if path.exists() else ",".join(LOG_COLUMNS) + "\n"
     try:
         with open(path, "a") as f:

@@ -7,7 +7,7 @@ Adversarial Networks. https://arxiv.org/abs/1511.06434
     G:  max  E[log sigmoid(D(G(z)))]
 
 Differs from gan.py in: both networks (strided convolutions and batch norm instead of fully connected
-layers).
+layers), no --saturating, and the defaults that go with them.
 
 Deviations from the paper: z is N(0, I), not uniform on [-1, 1]; 4x4 kernels, not 5x5; half its widths, and
 one stage fewer for 32 px (--image-size 64 --width 128 gives the channels of its figure 1); MNIST, not LSUN.
@@ -128,8 +128,6 @@ def main(argv=None):
     opt_G = torch.optim.Adam(G.parameters(), **adam)
     opt_D = torch.optim.Adam(D.parameters(), **adam)
     fixed_z = torch.randn(64, args.z_dim, device=device)
-    t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages: DCGAN, figure 4
-    walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
     def train_step(x_reals, ys):
@@ -163,6 +161,8 @@ def main(argv=None):
     def save(step):
         common.save_checkpoint(args, step, state)
         common.save_grid(args, step, sample(fixed_z))
+        t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages, after DCGAN, figure 4
+        walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
         common.save_grid(args, "walk", sample(walk_z), columns=10)
 
     if args.generate:

@@ -6,12 +6,13 @@ Miyato et al. 2018, Spectral Normalization for Generative Adversarial Networks. 
     G:  min  -E[D(G(z))]
 
 Differs from wgan_gp.py in: the hinge loss, the networks of the paper's Table 3, spectral norm on every layer
-of D where the gradient penalty was, one D update per G update, and Adam's settings.
+of D where the gradient penalty was, N(0, 0.02) in D again, one D update per G update, and Adam's settings.
 
 D's widths are those of Table 3; the Chainer code of the authors' lab (pfnet-research/chainer-gan-lib) doubles
-them one layer earlier. Optimiser: setting C of the paper's Table 1. The paper trains with cross entropy too;
-hinge is its eqs. 16 and 17. Deviations from the paper: batch norm and ReLU after G's dense layer too, as in
-that code; one power iteration in every forward pass of D, where Algorithm 1 has one per update.
+them one layer earlier. Optimiser: setting C of the paper's Table 1. The paper's main loss is cross entropy
+(eq. 15); hinge, eqs. 16 and 17, gave its standard CNN the better FID (Table 2). Deviations from the paper:
+batch norm and ReLU after G's dense layer too, as in that code, but per channel; one power iteration in every
+forward pass of D, as in that code, where Algorithm 1 has one per update.
 
     python sngan.py --width 32 --steps 3000
 
@@ -93,8 +94,8 @@ class Discriminator(nn.Module):
 
 
 def sn(layer):
-    """The layer, its weight divided by its largest singular value, one power iteration per forward pass
-    (Algorithm 1). Initialised first: once wrapped, `weight` is computed, and setting it would do nothing."""
+    """The layer, its weight divided by an estimate of its largest singular value: Algorithm 1, at every pass.
+    Initialised first: once wrapped, `weight` is computed, and setting it would do nothing."""
     return torch.nn.utils.parametrizations.spectral_norm(layer.apply(init_weights))
 
 
@@ -135,8 +136,6 @@ def main(argv=None):
     opt_G = torch.optim.Adam(G.parameters(), **adam)
     opt_D = torch.optim.Adam(D.parameters(), **adam)
     fixed_z = torch.randn(64, args.z_dim, device=device)
-    t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages: DCGAN, figure 4
-    walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
     def train_step(x_reals, ys):
@@ -170,6 +169,8 @@ def main(argv=None):
     def save(step):
         common.save_checkpoint(args, step, state)
         common.save_grid(args, step, sample(fixed_z))
+        t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages, after DCGAN, figure 4
+        walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
         common.save_grid(args, "walk", sample(walk_z), columns=10)
 
     if args.generate:

@@ -10,7 +10,8 @@ defaults that go with them.
 
 Follows Algorithm 1 of the paper where the authors' code (github.com/martinarjovsky/WassersteinGAN) differs:
 that clips before each update of D, so that G learns from a D that is not clipped, and gives D 100 updates
-instead of 5 in the first 25 steps and in every 500th. Deviation from both: 32 px by default, not 64.
+instead of 5 in the first 25 steps and in every 500th; its convolutions have no biases. Deviation from both:
+32 px by default, not 64.
 
     python wgan.py --width 32 --steps 3000
 
@@ -130,8 +131,6 @@ def main(argv=None):
     opt_G = torch.optim.RMSprop(G.parameters(), **rms)
     opt_D = torch.optim.RMSprop(D.parameters(), **rms)
     fixed_z = torch.randn(64, args.z_dim, device=device)
-    t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages: DCGAN, figure 4
-    walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
     def train_step(x_reals, ys):
@@ -168,6 +167,8 @@ def main(argv=None):
     def save(step):
         common.save_checkpoint(args, step, state)
         common.save_grid(args, step, sample(fixed_z))
+        t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages, after DCGAN, figure 4
+        walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
         common.save_grid(args, "walk", sample(walk_z), columns=10)
 
     if args.generate:

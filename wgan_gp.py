@@ -89,7 +89,7 @@ class Discriminator(nn.Module):
         self.net = nn.Sequential(*layers).apply(init_weights)
         for m in self.net:  # without batch norm, N(0, 0.02) would take the signal away layer by layer
             if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, 0.2)  # He et al. 2015, eq. 15, as in the authors' code
+                nn.init.kaiming_normal_(m.weight, 0.2)  # He et al. 2015, eq. 15
 
     def forward(self, x):
         return self.net(x).flatten()
@@ -107,7 +107,7 @@ def init_weights(m):
 
 
 def d_loss(d_real, d_fake):
-    """E[D(G(z))] - E[D(x)], from scores (N,): minus an estimate of the distance, up to a factor.
+    """E[D(G(z))] - E[D(x)], from scores (N,): minus an estimate of the distance.
     Arjovsky et al. 2017, Algorithm 1."""
     return d_fake.mean() - d_real.mean()
 
@@ -143,13 +143,11 @@ def main(argv=None):
     opt_G = torch.optim.Adam(G.parameters(), **adam)
     opt_D = torch.optim.Adam(D.parameters(), **adam)
     fixed_z = torch.randn(64, args.z_dim, device=device)
-    t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages: DCGAN, figure 4
-    walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
     def train_step(x_reals, ys):
         """n_critic updates of D, each on its own batch of x_reals, then one of G. ys: labels, for cgan.py."""
-        # D: minimise d_loss, with G fixed
+        # D: minimise d_loss and the penalty, with G fixed
         D.requires_grad_(True)
         for x_real in x_reals.chunk(args.n_critic):
             with torch.no_grad():
@@ -178,6 +176,8 @@ def main(argv=None):
     def save(step):
         common.save_checkpoint(args, step, state)
         common.save_grid(args, step, sample(fixed_z))
+        t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages, after DCGAN, figure 4
+        walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
         common.save_grid(args, "walk", sample(walk_z), columns=10)
 
     if args.generate:

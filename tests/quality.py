@@ -109,12 +109,11 @@ def trained_classifier(dataset, data_dir, cache_dir, device, steps):
     images, labels = real_images(dataset, data_dir, "train")
     state = hashlib.sha256(images.numpy()).hexdigest()[:8]
     path = Path(cache_dir, f"{dataset}-{steps}-{state}.pt")
+    torch.manual_seed(0)
     net = Classifier(images.shape[1]).to(device)
     if path.exists():
         net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return net.eval()
-    torch.manual_seed(0)
-    net = Classifier(images.shape[1]).to(device)
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
     args = SimpleNamespace(n_critic=1, batch_size=128, seed=0, device=str(device))
@@ -168,7 +167,10 @@ def read_folder(folder):
     files = sorted(Path(folder).glob("*.png"))
     if not files:
         common.fail(f"{folder} holds no generated images: make some with --generate")
-    images = np.stack([np.asarray(Image.open(f)) for f in files])
+    images = [np.asarray(Image.open(f)) for f in files]
+    if len({image.shape for image in images}) > 1:
+        common.fail(f"{folder} holds images of several sizes: name a folder made by --generate")
+    images = np.stack(images)
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     classes = [re.search(r"_class(\d+)", f.name) for f in files]
     labels = torch.tensor([int(c[1]) for c in classes]) if all(classes) else None
@@ -183,19 +185,19 @@ def main(argv=None):
     )
     p.add_argument("dataset", choices=["mnist", "fashion-mnist", "cifar10", "digits"])
     p.add_argument("folder", nargs="?", help="of images made by --generate")
-    p.add_argument(
-        "--run", metavar="SCRIPT", choices=NAMES, help="train this script first, with the flags that follow"
-    )
     p.add_argument("--data-dir", default="data")
     p.add_argument("--cache-dir", default="data/quality", help="where the classifier is kept")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--images", type=int, default=10_000, help="to generate after --run")
     p.add_argument("--classifier-steps", type=int, default=1500)
-    args, flags = p.parse_known_args(argv)
-    if bool(args.run) == bool(args.folder) or (flags and not args.run):
-        p.error("name either a folder or --run SCRIPT with that script's flags")
+    p.add_argument(
+        "--run", nargs=argparse.REMAINDER, metavar="SCRIPT", help="last: train SCRIPT first, with its flags"
+    )
+    args = p.parse_args(argv)
+    if bool(args.run) == bool(args.folder) or (args.run and args.run[0] not in NAMES):
+        p.error(f"name either a folder or --run SCRIPT with its flags, SCRIPT one of {', '.join(NAMES)}")
     if args.run:
-        script = importlib.import_module(args.run)
+        script, flags = importlib.import_module(args.run[0]), args.run[1:]
         run = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--device", args.device, *flags]
         script.main(run)
         out_dir = script.parse_args([*run, "--resume"]).out_dir

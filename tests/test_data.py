@@ -1,5 +1,6 @@
 """The loaders on small files in the real formats, and minibatches."""
 
+import errno
 import os
 import shutil
 import threading
@@ -104,12 +105,13 @@ def test_grey_stays_grey(tmp_path):
     save(folder / "16bit.png", Image.fromarray(ramp.astype(np.uint16) * 257))
     save(folder / "alpha.png", Image.fromarray(ramp).convert("LA"))
     save(folder / "float.tiff", Image.fromarray(ramp.astype(np.float32)))
+    save(folder / "unit.tiff", Image.fromarray(ramp.astype(np.float32) / 255))
     data = load(folder, tmp_path / "data", 16)
-    assert data.images.shape == (4, 1, 16, 16)
+    assert data.images.shape == (5, 1, 16, 16)
     assert all(np.abs(image[0].astype(int) - ramp).max() <= 1 for image in data.images.numpy())
     save(folder / "colour.png", Image.fromarray(picture(0)))
     data = load(folder, tmp_path / "data", 16)
-    assert data.images.shape == (5, 3, 16, 16)
+    assert data.images.shape == (6, 3, 16, 16)
     assert (data.images[0, 0] == data.images[0, 2]).all(), "grey among colours has three equal channels"
 
 
@@ -180,7 +182,7 @@ def test_links_to_folders(tmp_path):
 
 def test_folder_is_decoded_once(tmp_path, monkeypatch):
     """The second start reads the cache; a file added, changed or removed makes it decode again."""
-    folder = picture_folder(tmp_path / "pictures", (0, 1))
+    folder = picture_folder(tmp_path / "pictures [1]", (0, 1))
     decoded, decode = [], common.decode_image
     monkeypatch.setattr(common, "decode_image", lambda path, size: decoded.append(path) or decode(path, size))
     first = load(folder, tmp_path / "data", 16).images.clone()
@@ -226,6 +228,36 @@ def test_decoded_images_are_memory_mapped(tmp_path):
     assert np.array_equal(np.load(cache / "images.npy"), data.images)
     shutil.rmtree(folder)  # the pictures may go once the tensor is open
     assert data.images.sum() > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_a_disk_too_full_for_the_decoded_images(tmp_path, monkeypatch):
+    """Their space is taken before they are written through a memory map, which has no way to say no."""
+
+    def no_space(fd, start, size):
+        asked.append(size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    asked = []
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    folder = picture_folder(tmp_path / "pictures", (0, 1))
+    with pytest.raises(SystemExit) as stop:
+        load(folder, tmp_path / "data", 16)
+    assert asked[0] >= 2 * 3 * 16 * 16
+    assert "No space left on device" in stop.value.code and "--data-dir" in stop.value.code
+    assert not list((tmp_path / "data" / "folders").iterdir())
+
+
+@pytest.mark.parametrize("part", ["images.npy", "labels.npy", "meta.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}"])
+def test_a_damaged_cache_is_named(part, content, tmp_path):
+    folder = picture_folder(tmp_path / "pictures")
+    load(folder, tmp_path / "data", 16)
+    cache = next((tmp_path / "data" / "folders").iterdir())
+    (cache / part).write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        load(folder, tmp_path / "data", 16)
+    assert f"{cache} is damaged" in stop.value.code and "delete it" in stop.value.code
 
 
 def batch_args(**more):

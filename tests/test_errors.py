@@ -203,6 +203,24 @@ def test_a_run_is_never_overwritten(tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_a_run_that_came_first_is_not_overwritten(tmp_path, monkeypatch):
+    """The same command twice, the second started while the first was loading its data."""
+    load_data = common.load_data
+
+    def load_slowly(args):
+        monkeypatch.setattr(common, "load_data", load_data)
+        good_run(tmp_path)
+        before.update(tree(tmp_path / "run"))
+        return load_data(args)
+
+    before = {}
+    monkeypatch.setattr(common, "load_data", load_slowly)
+    with pytest.raises(SystemExit) as stop:
+        good_run(tmp_path)
+    assert "already holds a run" in stop.value.code
+    assert before and tree(tmp_path / "run") == before
+
+
 def test_cgan_needs_labels(tmp_path):
     flat = picture_folder(tmp_path / "pictures", (0, 1))
     before = tree(tmp_path)

@@ -115,6 +115,10 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         scored(tmp_path, data_dir, capsys)
     assert "holds no generated images" in stop.value.code
+    Image.new("L", (64, 64)).save(tmp_path / "good" / "walk.png")
+    with pytest.raises(SystemExit) as stop:
+        scored(tmp_path / "good", data_dir, capsys)
+    assert "images of several sizes" in stop.value.code
 
 
 def test_floor_is_of_a_random_part_of_the_test_images(tmp_path, data_dir, capsys, monkeypatch):
@@ -141,11 +145,12 @@ def test_floor_is_of_a_random_part_of_the_test_images(tmp_path, data_dir, capsys
 
 @pytest.mark.parametrize("script", ["cgan", "lsgan"])
 def test_trains_generates_and_scores(script, tmp_path, data_dir, capsys, monkeypatch):
-    """The flags it does not know are the script's: lsgan's --c is not short for --cache-dir."""
+    """What follows --run is the script's: lsgan's --c is not short for --cache-dir."""
     draw, out = common.draw_digits, tmp_path / "run"
     monkeypatch.setattr(common, "draw_digits", lambda n, size, seed: draw(1000, size, seed))
-    argv = ["digits", "--run", script, "--cache-dir", str(data_dir), "--device", "cpu", "--images", "40"]
-    argv += ["--classifier-steps", "40", "--out-dir", str(out), "--width", "4", "--batch-size", "4"]
+    argv = ["digits", "--cache-dir", str(data_dir), "--device", "cpu", "--images", "40"]
+    argv += ["--classifier-steps", "40", "--run", script, "--out-dir", str(out)]
+    argv += ["--width", "4", "--batch-size", "4"]
     argv += ["--c", "0.5"] if script == "lsgan" else []
     quality.main([*argv, "--steps", "2"])
     result = json.loads(capsys.readouterr().out.split("generated\n")[-1])

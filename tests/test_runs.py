@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -15,7 +16,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import NAMES, SCRIPTS, open_script, picture_folder
+from helpers import NAMES, ROOT, SCRIPTS, open_script, picture_folder
 from PIL import Image
 
 import common
@@ -398,6 +399,33 @@ def test_walk_goes_from_one_z_to_another(tmp_path):
     assert run.fixed_z.shape == (64, 6)
     assert np.array_equal(tile(walk, 3, 0), tile(grid, 0, 3))
     assert np.array_equal(tile(walk, 3, 9), tile(grid, 7, 4))
+
+
+def test_walk_is_between_images_of_the_grid_after_a_resume(train, tmp_path):
+    """A run that comes from another device has another fixed_z than this one would draw."""
+    train("dcgan", "run", "--steps", 5)
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["state"]["fixed_z"].neg_()
+    torch.save(saved, path)
+    open_script("dcgan", tmp_path, "--resume", "--out-dir", tmp_path / "run", dataset=tmp_path / "pictures")
+    walk, grid = (
+        np.asarray(Image.open(tmp_path / "run" / "samples" / f"{name}.png"), int)
+        for name in ("walk", "000005")
+    )
+    assert np.abs(walk[2:18, 2:18] - grid[2:18, 2:18]).max() <= 1
+
+
+def test_the_progress_bar_may_be_switched_off(tmp_path):
+    """TQDM_DISABLE=1, which tqdm itself reads when it is imported."""
+    data = picture_folder(tmp_path / "pictures", (0, 1), classes=True)
+    argv = f"--dataset {data} --data-dir {tmp_path / 'data'} --out-dir {tmp_path / 'run'} {SMALL} --steps 5"
+    command = [sys.executable, str(ROOT / "dcgan.py"), *argv.split()]
+    run = subprocess.run(
+        command, env={**os.environ, "TQDM_DISABLE": "1"}, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0 and run.stderr == ""
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 2
 
 
 def test_tensorboard(train, tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ DIFFERENCES = {
             "loss_D = d_loss(d_real, d_fake)",
             "loss_D = d_loss(d_real, d_fake) + args.gp_weight * gradient_penalty(D, x_real, x_fake)",
         ),
+        ("minimise d_loss, with", "minimise d_loss and the penalty, with"),
     ],
     "sngan": [],
 }
@@ -53,7 +54,8 @@ DIFFERENCES["cgan"] = [
      "Discriminator(args.width, channels, args.image_size, n_classes)"),
     (
         "    fixed_z = torch.randn(64, args.z_dim, device=device)\n",
-        "    fixed_y = torch.arange(n_classes, device=device)[:16].repeat(8)  # 8 rows, a class per column\n"
+        "    fixed_y = torch.arange(n_classes, device=device)[:16].repeat(8)  "
+        "# 8 rows; a class per column, 16 at most\n"
         "    fixed_z = torch.randn(len(fixed_y), args.z_dim, device=device)\n",
     ),
     ("    state = {", "    walk_y = fixed_y[:8].repeat_interleave(10)\n    state = {"),
@@ -65,6 +67,7 @@ DIFFERENCES["cgan"] = [
     (f"x_fake = G({Z})", f"x_fake = G({Z}, y)"),
     ("D(x_real), D(x_fake)", "D(x_real, y), D(x_fake, y)"),
     (f"g_loss(D(G({Z})))", f"g_loss(D(G({Z}, y), y))"),
+    ("# G: minimise g_loss, with D fixed", "# G: minimise g_loss, with D fixed and y as in the last batch"),
     ("def sample(z):", "def sample(z, y):"),
     ("G's images of z in", "G's images of z and y in"),
     ("x = G.eval()(z)", "x = G.eval()(z, y)"),
