@@ -407,12 +407,15 @@ def test_walk_is_between_images_of_the_grid_after_a_resume(train, tmp_path):
     path = tmp_path / "run" / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
     saved["state"]["fixed_z"].neg_()
+    saved["state"]["G"]["net.0.weight"].mul_(100)  # so that pictures of different z differ to the eye
     torch.save(saved, path)
-    open_script("dcgan", tmp_path, "--resume", "--out-dir", tmp_path / "run", dataset=tmp_path / "pictures")
+    more = ("--resume", "--out-dir", tmp_path / "run")
+    open_script("dcgan", tmp_path, *more, dataset=tmp_path / "pictures")
     walk, grid = (
         np.asarray(Image.open(tmp_path / "run" / "samples" / f"{name}.png"), int)
         for name in ("walk", "000005")
     )
+    assert np.abs(grid[2:18, 2:18] - grid[2:18, 20:36]).max() > 5
     assert np.abs(walk[2:18, 2:18] - grid[2:18, 2:18]).max() <= 1
 
 
