@@ -13,8 +13,8 @@ maxout; Adam where it has SGD with momentum; z is N(0, I), not uniform.
 
     python cgan.py --width 32 --steps 3000
 
-gave MNIST digits at a Fréchet distance of 7 (tests/quality.py; real ones: 1.65), 97.6% of them the digit that
-was asked for, after 28 minutes on one core of an AMD EPYC with torch 2.15.0 (2026-11-22).
+gave MNIST digits at a Fréchet distance of 9 (tests/quality.py; real ones: 1.67), 97.7% of them the digit that
+was asked for, after 14 minutes on one core of an Intel Xeon (AVX-512) with torch 2.14.1 (2026-11-22).
 """
 
 import argparse
