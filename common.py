@@ -446,9 +446,10 @@ def decode_image(path, size):
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 values = np.asarray(image, np.float32)
-                # 16 bits, 8 in a wider mode, or floats from 0 to 1
-                scale = 255 / 65535 if image.mode.startswith("I;16") or values.max() > 255 else 1
-                scale = 255 if image.mode == "F" and values.max() <= 1 else scale
+                if image.mode.startswith("I;16") or values.max() > 255:
+                    scale = 255 / 65535
+                else:  # floats from 0 to 1, or 8 bits in a wider mode
+                    scale = 255 if image.mode == "F" and values.max() <= 1 else 1
                 image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 rgba = image.convert("RGBA")

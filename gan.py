@@ -10,8 +10,8 @@ The first of the seven; read dcgan.py beside it.
 The paper leaves sizes open; layers, maxout and dropout are those of the authors' mnist.yaml
 (github.com/goodfeli/adversarial). Deviations from it: Adam, where it has SGD with momentum and a decaying
 rate; z is N(0, I), where it is uniform; tanh on [-1, 1] instead of a sigmoid on [0, 1]; N(0, 0.02) instead of
-uniform initial weights; 32 px, padded. Adam's rate is 1e-3: on another machine it
-gave 217 where dcgan.py's 2e-4 gave 320.
+uniform initial weights; 32 px, padded. Adam's rate is 1e-3: on another machine it gave 217 below, and
+dcgan.py's 2e-4 gave 320.
 
     python gan.py --steps 3000
 

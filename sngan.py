@@ -76,7 +76,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, channels, image_size, image_size) -> scores (N,). Every weight has spectral norm 1."""
+    """Images (N, channels, image_size, image_size) -> scores (N,). Every weight has spectral norm about 1."""
 
     def __init__(self, width, channels, image_size):
         super().__init__()
