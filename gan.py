@@ -14,26 +14,18 @@ uniform initial weights; 32 px, padded. Adam's rate is 1e-3: on another machine 
 dcgan.py's 2e-4 gave 320.
 
     python gan.py --steps 3000
-
-gave MNIST digits at a Fréchet distance of 201 (tests/quality.py; real ones: 1.67) after 4 minutes on
-one core of an Intel Xeon (AVX-512) with torch 2.14.1 (2026-11-22).
 """
 
-import argparse
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+
+import common
 
 import torch
 from torch import nn
 
-import common
-
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", default="mnist", help="mnist, fashion-mnist, cifar10, digits, or a folder")
-    p.add_argument("--data-dir", default="data", help="where datasets are looked for and downloaded to")
-    p.add_argument("--out-dir", help="this run's folder (runs/<script>-<dataset>)")
-    p.add_argument("--image-size", type=int, default=32, help="side in pixels, a power of two from 16")
-    p.add_argument("--steps", type=int, default=20_000, help="generator updates")
+    p = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
     p.add_argument("--batch-size", type=int, default=100, help="images per update")
     p.add_argument("--z-dim", type=int, default=100, help="dimensions of the noise z")
     p.add_argument("--width", type=int, default=1200, help="units of the layer next to the image")
@@ -41,15 +33,20 @@ def parse_args(argv=None):
     p.add_argument("--beta1", type=float, default=0.5, help="Adam: decay of the mean gradient")
     p.add_argument("--beta2", type=float, default=0.999, help="Adam: decay of the mean squared gradient")
     p.add_argument("--n-critic", type=int, default=1, help="D updates per G update")
+    p.add_argument("--saturating", action="store_true", help="G minimises log(1 - sigmoid(D(G(z)))), eq. 1")
+    p.add_argument("--dataset", default="mnist", help="mnist, fashion-mnist, cifar10, digits, or a folder")
+    p.add_argument("--data-dir", default="data", help="where datasets are looked for and downloaded to")
+    p.add_argument("--image-size", type=int, default=32, help="side in pixels: 16, 32, 64, ... 1024")
+    p.add_argument("--steps", type=int, default=20_000, help="generator updates")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same run")
-    p.add_argument("--device", help="cuda where there is one, else cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1, ...")
+    p.add_argument("--out-dir", default="runs/{script}-{dataset}", help="this run's folder")
     p.add_argument("--log-every", type=int, default=50, help="steps between rows of log.csv")
     p.add_argument("--save-every", type=int, default=500, help="steps between grids and checkpoints")
     p.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
     p.add_argument("--generate", type=int, metavar="N", help="write N images from the run in --out-dir, stop")
     p.add_argument("--tensorboard", action="store_true", help="also log there, into --out-dir")
-    p.add_argument("--cuda-graph", action="store_true", help="on CUDA: replay train_step as one graph")
-    p.add_argument("--saturating", action="store_true", help="G minimises log(1 - sigmoid(D(G(z)))), eq. 1")
+    p.add_argument("--cuda-graph", action="store_true", help="on CUDA: replay both steps as graphs")
     return common.parse_args(p, argv, __file__)
 
 
@@ -131,60 +128,60 @@ def main(argv=None):
 
     G = Generator(args.z_dim, args.width, channels, args.image_size).to(device)
     D = Discriminator(args.width, channels, args.image_size).to(device)
-    adam = {"lr": args.lr, "betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graph}
-    opt_G = torch.optim.Adam(G.parameters(), **adam)
-    opt_D = torch.optim.Adam(D.parameters(), **adam)
+    betas = (args.beta1, args.beta2)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True, capturable=args.cuda_graph)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True, capturable=args.cuda_graph)
     fixed_z = torch.randn(64, args.z_dim, device=device)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
-    def train_step(x_reals, ys):
-        """n_critic updates of D, each on its own batch of x_reals, then one of G. ys: labels, for cgan.py."""
-        # D: minimise d_loss, with G fixed
+    def d_step(x_real):
+        """One update of D: minimise d_loss, with G fixed."""
         D.requires_grad_(True)
-        for x_real in x_reals.chunk(args.n_critic):
-            with torch.no_grad():
-                x_fake = G(torch.randn(args.batch_size, args.z_dim, device=device))
-            d_real, d_fake = D(x_real), D(x_fake)
-            loss_D = d_loss(d_real, d_fake)
-            opt_D.zero_grad()
-            loss_D.backward()
-            opt_D.step()
+        with torch.no_grad():
+            x_fake = G(torch.randn(args.batch_size, args.z_dim, device=device))
+        d_real, d_fake = D(x_real), D(x_fake)
+        loss_D = d_loss(d_real, d_fake)
+        opt_D.zero_grad()
+        loss_D.backward()
+        opt_D.step()
+        return loss_D, d_real.mean(), d_fake.mean()
 
-        # G: minimise g_loss, with D fixed
+    def g_step():
+        """One update of G: minimise g_loss, with D fixed."""
         D.requires_grad_(False)
-        loss_G = g_loss(D(G(torch.randn(args.batch_size, args.z_dim, device=device))), args.saturating)
+        x_fake = G(torch.randn(args.batch_size, args.z_dim, device=device))
+        loss_G = g_loss(D(x_fake), args.saturating)
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
-        return loss_D, loss_G, d_real.mean(), d_fake.mean()
+        return loss_G
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z in evaluation mode: batch norms, if any, use their running statistics."""
+        """G's images of z in evaluation mode: batch norm uses its running statistics."""
         x = G.eval()(z)
         G.train()
         return x
 
     def save(step):
-        common.save_checkpoint(args, step, state)
         common.save_grid(args, step, sample(fixed_z))
-        t = torch.linspace(0, 1, 10, device=device)[:, None]  # 8 walks of 10 stages, after DCGAN, figure 4
-        walk_z = torch.lerp(fixed_z[:8, None], fixed_z.flip(0)[:8, None], t).flatten(0, 1)
-        common.save_grid(args, "walk", sample(walk_z), columns=10)
+        common.save_checkpoint(args, step, state)
 
     if args.generate:
         common.generate(args, state, lambda i: sample(torch.randn(len(i), args.z_dim, device=device)))
         return
-    first = common.open_run(args, data, state)
+    first = common.open_run(args, state)
     save(first)
-    step_fn = common.cuda_graph(train_step, args)
-    batches = common.batches(args, data, first)
-    bar = common.steps(args, first)
-    for step in bar:
-        losses = step_fn(*next(batches))
-        if common.log_due(args, step):
-            common.log(bar, step, losses)
-        if common.save_due(args, step):
+    d_step, g_step = common.cuda_graphs(args, d_step, g_step)
+    batches = common.batches(args, data, first * args.n_critic)
+    for step, log_due, save_due in common.steps(args, first):
+        for _ in range(args.n_critic):
+            x_real, _ = next(batches)
+            loss_D, d_real, d_fake = d_step(x_real)
+        loss_G = g_step()
+        if log_due:
+            common.log(args, step, loss_D=loss_D, loss_G=loss_G, d_real=d_real, d_fake=d_fake)
+        if save_due:
             save(step)
 
 

@@ -11,7 +11,7 @@ same losses, in this process, in turns:
             `.item()` of every loss at every step
 
 images/s counts the real images that D sees. ratio is ours over usual. overhead is the share of our loop that
-is not train_step on ready tensors, measured by leaving train_step out of the loop. Medians over `--rounds`
+is not d_step and g_step on ready tensors, measured by leaving these out of the loop. Medians over `--rounds`
 turns of about `--seconds` each, after a warm-up; the device is synchronised around every turn.
 """
 
@@ -78,7 +78,7 @@ def usual_dataset(args, data):
 def usual_batches(args, data):
     loader = torch.utils.data.DataLoader(
         usual_dataset(args, data),
-        batch_size=args.batch_size * args.n_critic,
+        batch_size=args.batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=2,
@@ -96,18 +96,26 @@ def measure(name, argv, rounds, seconds):
     Runs the script's main, with an iterator in the place of `common.steps` that looks at the clock between
     the steps, and takes the usual way's turns while the script's loop waits for its next step.
     """
-    real_cuda_graph, real_open_run = common.cuda_graph, common.open_run
+    real_cuda_graphs, real_open_run, real_load_data = common.cuda_graphs, common.open_run, common.load_data
     times = {"ours": [], "usual": [], "empty": []}
     run, stepping, optimisers = SimpleNamespace(), True, None
 
-    def open_run(args, data, state):
-        run.args, run.data, run.state = args, data, state
-        return real_open_run(args, data, state)
+    def load_data(args, **labelled):
+        run.data = real_load_data(args, **labelled)
+        return run.data
 
-    def cuda_graph(train_step, args):
-        run.train_step, step_fn = train_step, real_cuda_graph(train_step, args)
-        nothing = (torch.zeros((), device=args.device),) * 4
-        return lambda *batch: step_fn(*batch) if stepping else nothing
+    def open_run(args, state):
+        run.args, run.state = args, state
+        return real_open_run(args, state)
+
+    def cuda_graphs(args, d_step, g_step):
+        run.d_step, run.g_step = d_step, g_step
+        d_graphed, g_graphed = real_cuda_graphs(args, d_step, g_step)
+        nothing = torch.zeros((), device=args.device)
+        return (
+            lambda *batch: d_graphed(*batch) if stepping else (nothing, nothing, nothing),
+            lambda *y: g_graphed(*y) if stepping else nothing,
+        )
 
     def now():
         if torch.device(run.args.device).type == "cuda":
@@ -118,35 +126,38 @@ def measure(name, argv, rounds, seconds):
         with usual_habits(run.state, optimisers):
             start = now()
             for _ in range(n):
-                for loss in run.train_step(*next(batches)):
-                    loss.item()
+                for _ in range(run.args.n_critic):
+                    x_real, *y = next(batches)[: 2 if name == "cgan" else 1]
+                    for loss in run.d_step(x_real, *y):
+                        loss.item()
+                run.g_step(*y).item()
             return (now() - start) / n
 
     def ours(n, count):
         start = now()
         for _ in range(n):
-            yield next(count)
+            step = next(count)
+            yield step, step % run.args.log_every == 0, False
         times["ours" if stepping else "empty"].append((now() - start) / n)
 
-    class Steps(common.steps):
-        def __iter__(self):
-            nonlocal stepping, optimisers
-            optimisers = {name: plain(run.state[name]) for name in ("opt_G", "opt_D")}
-            batches = usual_batches(run.args, run.data)
-            count = itertools.count(1)
-            for _ in range(4):  # warm-up, and the capture of a CUDA graph
-                yield next(count)
-            usual(2, batches)
-            n = max(1, round(seconds / usual(2, batches)))
-            for _ in range(rounds):
-                yield from ours(n, count)
-                stepping = False
-                yield from ours(10 * n, count)
-                stepping = True
-                usual(min(n, 5), batches)  # uses up what the workers loaded while ours had its turn
-                times["usual"].append(usual(n, batches))
+    def steps(args, first):
+        nonlocal stepping, optimisers
+        args.run.started = time.monotonic()
+        optimisers = {name: plain(run.state[name]) for name in ("opt_G", "opt_D")}
+        batches, count = usual_batches(run.args, run.data), itertools.count(1)
+        for _ in range(4):  # warm-up, and the capture of the CUDA graphs
+            yield next(count), False, False
+        usual(2, batches)
+        n = max(1, round(seconds / usual(2, batches)))
+        for _ in range(rounds):
+            yield from ours(n, count)
+            stepping = False
+            yield from ours(10 * n, count)
+            stepping = True
+            usual(min(n, 5), batches)  # uses up what the workers loaded while ours had its turn
+            times["usual"].append(usual(n, batches))
 
-    with patched(common, steps=Steps, cuda_graph=cuda_graph, open_run=open_run):
+    with patched(common, steps=steps, cuda_graphs=cuda_graphs, open_run=open_run, load_data=load_data):
         importlib.import_module(name).main(argv)
     return {way: statistics.median(t) for way, t in times.items()}, run.args.batch_size * run.args.n_critic
 

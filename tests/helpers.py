@@ -7,13 +7,13 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
-
-import common
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 CONVOLUTIONAL = NAMES[1:]
@@ -87,8 +87,9 @@ class _EnoughError(Exception):
 
 
 def open_script(name, tmp_path, *flags, dataset=None, classes=3):
-    """Runs a script's main up to its loop. Returns its own train_step, G, D, opt_G, opt_D, fixed_z, args and
-    batches, on small networks and a small folder of pictures unless the flags say otherwise."""
+    """Runs a script's main up to its loop, on small networks and a small folder of pictures unless the flags
+    say otherwise. Returns its own d_step, g_step, G, D, opt_G, opt_D, fixed_z, args and batches, and `step`,
+    which takes one step of its loop."""
     if dataset is None:
         dataset = tmp_path / "pictures"
         if not dataset.exists():
@@ -97,27 +98,40 @@ def open_script(name, tmp_path, *flags, dataset=None, classes=3):
                 for i in range(3):
                     image = np.roll(picture(k % 2), 3 * i + k, axis=1)
                     Image.fromarray(image).save(dataset / f"class{k}" / f"{i}.png")
-    caught = SimpleNamespace()
+    caught, open_run, load_data = SimpleNamespace(), common.open_run, common.load_data
 
-    def open_run(args, data, state):
-        caught.args, caught.data = args, data
+    def caught_open_run(args, state):
+        caught.args, caught.state = args, state
         caught.__dict__.update(state)
-        return common_open_run(args, data, state)
+        return open_run(args, state)
 
-    def cuda_graph(train_step, args):
-        caught.train_step = train_step
+    def caught_load_data(args, **labelled):
+        caught.data = load_data(args, **labelled)
+        return caught.data
+
+    def cuda_graphs(args, d_step, g_step):
+        caught.d_step, caught.g_step = d_step, g_step
         raise _EnoughError
 
-    common_open_run = common.open_run
     argv = ["--dataset", dataset, "--data-dir", tmp_path / "data", "--out-dir", tmp_path / f"run-{name}"]
     argv += ["--image-size", 16, "--width", 8, "--batch-size", 4, "--z-dim", 6, "--device", "cpu", *flags]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(common, "open_run", open_run)
-        m.setattr(common, "cuda_graph", cuda_graph)
+        m.setattr(common, "open_run", caught_open_run)
+        m.setattr(common, "load_data", caught_load_data)
+        m.setattr(common, "cuda_graphs", cuda_graphs)
         with pytest.raises(_EnoughError):
             SCRIPTS[name].main([str(a) for a in argv])
-    caught.batches = common.batches(caught.args, caught.data, 0)
+    caught.batches = common.batches(caught.args, caught.data)
+    caught.step = lambda: take_step(name, caught)
     return caught
+
+
+def take_step(name, run):
+    """n_critic updates of D, each on its own batch, then one of G: the losses and mean scores of the last."""
+    for _ in range(run.args.n_critic):
+        x_real, *y = next(run.batches)[: 2 if name == "cgan" else 1]
+        loss_D, d_real, d_fake = run.d_step(x_real, *y)
+    return loss_D, run.g_step(*y), d_real, d_fake
 
 
 def networks(name, channels=3, image_size=16, width=8, z_dim=6, seed=0):

@@ -11,7 +11,6 @@ floor, which is the same score of real training against real test images, and no
 import argparse
 import hashlib
 import importlib
-import io
 import json
 import re
 import sys
@@ -96,8 +95,7 @@ def real_images(dataset, data_dir, split):
     """(uint8 (N, C, 32, 32), labels (N,)) of a "train" or "test" split; `digits` draws new ones to test."""
     if dataset == "digits":
         return common.draw_digits(20_000, 32, seed=0 if split == "train" else 1)
-    images, labels = common.load_torchvision(dataset, Path(data_dir), train=split == "train")
-    return images, labels
+    return common.load_torchvision(dataset, Path(data_dir), train=split == "train")[:2]
 
 
 def normalise(images):
@@ -116,8 +114,8 @@ def trained_classifier(dataset, data_dir, cache_dir, device, steps):
         return net.eval()
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
-    args = SimpleNamespace(n_critic=1, batch_size=128, seed=0, device=str(device))
-    batches = common.batches(args, common.Data(images.to(device), labels.to(device), 10), 0)
+    args = SimpleNamespace(batch_size=128, seed=0, device=str(device))
+    batches = common.batches(args, SimpleNamespace(images=images.to(device), labels=labels.to(device)))
     for _ in common.tqdm(range(steps), "training the classifier"):
         x, y = next(batches)
         loss = nn.functional.cross_entropy(net(x), y)
@@ -125,9 +123,8 @@ def trained_classifier(dataset, data_dir, cache_dir, device, steps):
         loss.backward()
         optimiser.step()
         schedule.step()
-    buffer = io.BytesIO()
-    torch.save(net.state_dict(), buffer)
-    common.write_file(path, buffer.getvalue())
+    with common.replacing(path) as f:
+        torch.save(net.state_dict(), f)
     return net.eval()
 
 

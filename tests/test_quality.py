@@ -3,12 +3,12 @@
 import json
 import math
 
+import common
+
 import pytest
 import quality
 import torch
 from PIL import Image
-
-import common
 
 
 def gaussian(n, d, seed=0):

@@ -15,74 +15,73 @@ Z = "torch.randn(args.batch_size, args.z_dim, device=device)"
 # script: what stands in dcgan's main -> what stands there instead
 DIFFERENCES = {
     "dcgan": [],
-    "gan": [(f"g_loss(D(G({Z})))", f"g_loss(D(G({Z})), args.saturating)")],
+    "gan": [("g_loss(D(x_fake))", "g_loss(D(x_fake), args.saturating)")],
     "lsgan": [
         ("d_loss(d_real, d_fake)", "d_loss(d_real, d_fake, args.a, args.b)"),
-        (f"g_loss(D(G({Z})))", f"g_loss(D(G({Z})), args.c)"),
+        ("g_loss(D(x_fake))", "g_loss(D(x_fake), args.c)"),
     ],
     "wgan": [
-        (
-            'adam = {"lr": args.lr, "betas": (args.beta1, args.beta2), "fused": True, ',
-            'rms = {"lr": args.lr, "momentum": args.beta1, "alpha": args.beta2, ',
+        ("    betas = (args.beta1, args.beta2)\n", ""),
+        *(
+            (
+                f"torch.optim.Adam({net}.parameters(), lr=args.lr, betas=betas, fused=True, "
+                "capturable=args.cuda_graph)",
+                f"torch.optim.RMSprop(\n        {net}.parameters(), lr=args.lr, momentum=args.momentum, "
+                "alpha=args.alpha, capturable=args.cuda_graph\n    )",
+            )
+            for net in "GD"
         ),
-        ("torch.optim.Adam(G.parameters(), **adam)", "torch.optim.RMSprop(G.parameters(), **rms)"),
-        ("torch.optim.Adam(D.parameters(), **adam)", "torch.optim.RMSprop(D.parameters(), **rms)"),
         (
-            "            opt_D.step()\n",
-            "            opt_D.step()\n"
-            "            with torch.no_grad():\n"
-            "                for w in D.parameters():\n"
-            "                    w.clamp_(-args.clip, args.clip)\n",
+            "        opt_D.step()\n",
+            "        opt_D.step()\n"
+            "        with torch.no_grad():\n"
+            "            for w in D.parameters():\n"
+            "                w.clamp_(-args.clip, args.clip)\n",
         ),
     ],
     "wgan_gp": [
-        (
-            "loss_D = d_loss(d_real, d_fake)",
-            "loss_D = d_loss(d_real, d_fake) + args.gp_weight * gradient_penalty(D, x_real, x_fake)",
-        ),
+        ("= d_loss(d_real, d_fake)",
+         "= d_loss(d_real, d_fake) + args.gp_weight * gradient_penalty(D, x_real, x_fake)"),
         ("minimise d_loss, with", "minimise d_loss and the penalty, with"),
     ],
     "sngan": [],
-}
-DIFFERENCES["cgan"] = [
-    ("data = common.load_data(args)", "data = common.load_data(args, labelled=True)"),
-    ("    channels = data.images.shape[1]\n",
-     "    channels = data.images.shape[1]\n    n_classes = data.n_classes\n"),
-    ("G = Generator(args.z_dim, args.width, channels, args.image_size)",
-     "G = Generator(args.z_dim, args.width, channels, args.image_size, n_classes)"),
-    ("Discriminator(args.width, channels, args.image_size)",
-     "Discriminator(args.width, channels, args.image_size, n_classes)"),
-    (
-        "    fixed_z = torch.randn(64, args.z_dim, device=device)\n",
-        "    fixed_y = torch.arange(n_classes, device=device)[:16].repeat(8)  "
-        "# 8 rows; a class per column, 16 at most\n"
-        "    fixed_z = torch.randn(len(fixed_y), args.z_dim, device=device)\n",
-    ),
-    ("    state = {", "    walk_y = fixed_y[:8].repeat_interleave(10)\n    state = {"),
-    ("sample(walk_z)", "sample(walk_z, walk_y)"),
-    (
-        "for x_real in x_reals.chunk(args.n_critic):",
-        "for x_real, y in zip(x_reals.chunk(args.n_critic), ys.chunk(args.n_critic), strict=True):",
-    ),
-    (f"x_fake = G({Z})", f"x_fake = G({Z}, y)"),
-    ("D(x_real), D(x_fake)", "D(x_real, y), D(x_fake, y)"),
-    (f"g_loss(D(G({Z})))", f"g_loss(D(G({Z}, y), y))"),
-    ("# G: minimise g_loss, with D fixed", "# G: minimise g_loss, with D fixed and y as in the last batch"),
-    ("def sample(z):", "def sample(z, y):"),
-    ("G's images of z in", "G's images of z and y in"),
-    ("x = G.eval()(z)", "x = G.eval()(z, y)"),
-    ("step, sample(fixed_z))", "step, sample(fixed_z, fixed_y), columns=len(fixed_y) // 8)"),
-    (
-        "        common.generate(args, state, lambda i: sample("
-        "torch.randn(len(i), args.z_dim, device=device)))\n",
-        "        common.generate(\n"
-        "            args,\n"
-        "            state,\n"
-        "            lambda i: sample(torch.randn(len(i), args.z_dim, device=device), i % n_classes),\n"
-        "            n_classes,\n"
-        "        )\n",
-    ),
-]  # fmt: skip
+    "cgan": [
+        ("load_data(args)", "load_data(args, labelled=True)"),
+        ("channels = data.images.shape[1]\n",
+         "channels, n_classes = data.images.shape[1], len(data.classes)\n"
+         "    if args.label is not None and not (args.generate and args.label < n_classes):\n"
+         '        common.fail(f"--label is {args.label}: it goes with --generate and is below {n_classes}, '
+         'the classes")\n'),
+        ("G = Generator(args.z_dim, args.width, channels, args.image_size)",
+         "G = Generator(args.z_dim, args.width, channels, args.image_size, n_classes)"),
+        ("Discriminator(args.width, channels, args.image_size)",
+         "Discriminator(args.width, channels, args.image_size, n_classes)"),
+        ("    fixed_z = torch.randn(64, ",
+         "    fixed_y = torch.arange(n_classes, device=device)[:16].repeat(8)  "
+         "# 8 rows; a class per column, 16 at most\n"
+         "    fixed_z = torch.randn(len(fixed_y), "),
+        ("def d_step(x_real)", "def d_step(x_real, y)"),
+        (f"no_grad():\n            x_fake = G({Z})", f"no_grad():\n            x_fake = G({Z}, y)"),
+        ("D(x_real), D(x_fake)", "D(x_real, y), D(x_fake, y)"),
+        ("def g_step()", "def g_step(y)"),
+        (f"(False)\n        x_fake = G({Z})", f"(False)\n        x_fake = G({Z}, y)"),
+        ("g_loss(D(x_fake))", "g_loss(D(x_fake, y))"),
+        ("def sample(z)", "def sample(z, y)"),
+        ("G's images of z in", "G's images of z and y in"),
+        ("G.eval()(z)", "G.eval()(z, y)"),
+        ("sample(fixed_z))", "sample(fixed_z, fixed_y), columns=len(fixed_y) // 8)"),
+        ("        common.generate(args, state, lambda i: sample(torch.randn(len(i), args.z_dim, "
+         "device=device)))\n",
+         "        y = torch.arange(n_classes, device=device) if args.label is None else "
+         "fixed_y.new_tensor([args.label])\n\n"
+         "        def draw(i):\n"
+         "            return sample(torch.randn(len(i), args.z_dim, device=device), y[i % len(y)])\n\n"
+         "        common.generate(args, state, draw, y.tolist())\n"),
+        ("x_real, _ = next", "x_real, y = next"),
+        ("d_step(x_real)\n", "d_step(x_real, y)\n"),
+        ("loss_G = g_step()", "loss_G = g_step(y)"),
+    ],
+}  # fmt: skip
 
 
 def source(name):
@@ -118,20 +117,24 @@ def test_imports(name):
     assert_same(name, *header(name), header("dcgan")[1], "imports")
 
 
+OWN_FLAGS = {"gan": ["saturating"], "cgan": ["label"], "lsgan": ["a", "b", "c"], "wgan": ["clip"]}
+OWN_FLAGS["wgan_gp"] = ["gp-weight"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_common_flags(name):
-    """The same flags in the same order, defaults and help masked; a script's own come after --cuda-graph."""
+    """The same flags in the same order, defaults and help of the paper's masked, RMSprop's in the place of
+    Adam's; a script's own stand apart."""
 
     def masked(n):
         line, text = part(n, "parse_args")
-        lines = text.splitlines()
-        end = next(i for i, row in enumerate(lines) if "--cuda-graph" in row) + 1
-        own = [row for row in lines[end:] if "add_argument" in row]
-        kept = lines[:end] + [row for row in lines[end:] if row not in own]
-        kept = [
-            re.sub(r"default=[^,]+", "default=...", re.sub(r'help=".*?"', 'help="..."', row)) for row in kept
-        ]
-        return line, "\n".join(kept)
+        rows = [row for row in text.splitlines() if "add_argument" in row]
+        rows = [row for row in rows if row.split('"')[1][2:] not in OWN_FLAGS.get(n, [])]
+        paper = next(i for i, row in enumerate(rows) if "--dataset" in row)
+        for i, row in enumerate(rows[:paper]):
+            rows[i] = re.sub(r'default=[^,]+|help=".*?"', "...", row)
+        rows = [row.replace("momentum", "beta1").replace("alpha", "beta2") for row in rows]
+        return line, "\n".join(rows)
 
     assert_same(name, *masked(name), masked("dcgan")[1], "common flags")
 
@@ -171,16 +174,24 @@ def test_shared_parts_but_for_their_docstring(wanted, name, reference):
     assert_same(name, *without_docstring(name), without_docstring(reference)[1], wanted)
 
 
+def lines(*patterns):
+    return sum(len(p.read_text().splitlines()) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+def test_budgets(capsys):
+    """Minimal stays true: a script is read at one sitting. `pytest -s` prints where each file stands."""
+    budgets = {f"{name}.py": 200 for name in NAMES} | {"common.py": 585, "tests/*.py": 3000, "README.md": 170}
+    counted = {pattern: lines(pattern) for pattern in budgets}
+    with capsys.disabled():
+        print("\n" + ", ".join(f"{p} {n} of {budgets[p]}" for p, n in counted.items()))
+    assert all(counted[p] <= budgets[p] for p in budgets)
+
+
+@pytest.mark.parametrize("step", ["d_step", "g_step"])
 @pytest.mark.parametrize("name", NAMES)
-def test_length(name):
-    """A script is read at one sitting: 200 lines, its train_step 25."""
-    assert len(source(name).splitlines()) <= 200
-    node = next(
-        n
-        for n in ast.walk(ast.parse(source(name)))
-        if isinstance(n, ast.FunctionDef) and n.name == "train_step"
-    )
-    assert node.end_lineno - node.lineno < 25
+def test_a_step_has_14_lines(name, step):
+    nodes = [n for n in ast.walk(ast.parse(source(name))) if getattr(n, "name", None) == step]
+    assert len(nodes) == 1 and nodes[0].end_lineno - nodes[0].lineno < 14
 
 
 def changed_lines(a, b):
@@ -194,7 +205,9 @@ def changed_lines(a, b):
     return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in opcodes if tag != "equal")
 
 
-@pytest.mark.parametrize(("a", "b", "limit"), [("dcgan", "lsgan", 10), ("wgan", "wgan_gp", 30)])
+@pytest.mark.parametrize(
+    ("a", "b", "limit"), [("dcgan", "lsgan", 10), ("dcgan", "cgan", 38), ("wgan", "wgan_gp", 30)]
+)
 def test_distance_between_siblings(a, b, limit):
     """`diff` shows the difference between two papers."""
     assert changed_lines(a, b) <= limit

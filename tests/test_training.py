@@ -3,13 +3,13 @@
 import csv
 import json
 
+import common
+
 import numpy as np
 import pytest
 import torch
 from helpers import DEVICES, NAMES, SCRIPTS, changed, open_script, picture, picture_folder, snapshot
 from PIL import Image
-
-import common
 
 
 class Spy:
@@ -40,7 +40,7 @@ def test_updates_are_isolated_and_in_order(name, tmp_path, monkeypatch):
     run = open_script(name, tmp_path, "--n-critic", 3, "--lr", 1e-2)
     spy = Spy(run, monkeypatch)
     before = snapshot(run.D)
-    run.train_step(*next(run.batches))
+    run.step()
     assert [which for which, *_ in spy.events] == ["D", "D", "D", "G"]
     for which, moved, _ in spy.events:
         other = "G" if which == "D" else "D"
@@ -52,7 +52,7 @@ def test_updates_are_isolated_and_in_order(name, tmp_path, monkeypatch):
     assert changed(run.D, before) >= set(before) - constant, "every parameter of D learns"
     g_before = snapshot(run.G)
     for _ in range(3):
-        run.train_step(*next(run.batches))
+        run.step()
     assert changed(run.G, g_before) == set(g_before), "every parameter of G learns"
 
 
@@ -74,7 +74,7 @@ def test_no_gradient_leaks_between_updates(name, tmp_path, monkeypatch):
             step()
 
         monkeypatch.setattr(optimiser, "step", watched)
-    run.train_step(*next(run.batches))
+    run.step()
     assert max(largest) < 1e4
 
 
@@ -98,19 +98,20 @@ def test_every_batch_and_every_noise_is_used_once(name, tmp_path):
     fakes, carries_graph = [], []
     run.G.register_forward_hook(watch)
     run.D.register_forward_hook(watch)
-    x_reals, ys = next(run.batches)
-    run.train_step(x_reals, ys)
+    expected = common.batches(run.args, run.data)
+    run.step()
     assert len(noise) == 4 and len(seen) == 7
     assert carries_graph == [False, False, False, True], "D's fakes are data, G's are not"
     assert len({tuple(z.flatten().tolist()) for z in noise}) == 4, "noise was used twice"
     assert all(z.shape == (4, 6) for z in noise)
     assert all(z.min() < 0 and z.max() > 1 for z in noise), "z is N(0, I), not uniform"
-    for k, x_real in enumerate(x_reals.split(4)):
+    real = [next(expected) for _ in range(3)]
+    for k, (x_real, _) in enumerate(real):
         assert any(torch.equal(x, x_real) for x in seen[2 * k : 2 * k + 2])
         assert any(torch.equal(x, fakes[k]) for x in seen[2 * k : 2 * k + 2])
     assert torch.equal(seen[-1], fakes[-1])
     if name == "cgan":
-        for k, y in enumerate(ys.split(4)):
+        for k, (_, y) in enumerate(real):
             assert torch.equal(labels_G[k][0], y)
             assert torch.equal(labels_D[2 * k][0], y) and torch.equal(labels_D[2 * k + 1][0], y)
         assert torch.equal(labels_G[-1][0], labels_D[-1][0])
@@ -122,9 +123,8 @@ def test_reported_numbers(name, tmp_path):
     run = open_script(name, tmp_path)
     module, scores = SCRIPTS[name], []
     run.D.register_forward_hook(lambda m, i, o: scores.append(o.detach()))
-    x_reals, ys = next(run.batches)
     n = run.args.n_critic
-    loss_D, loss_G, d_real, d_fake = (t.item() for t in run.train_step(x_reals, ys))
+    loss_D, loss_G, d_real, d_fake = (t.item() for t in run.step())
     per_update = len(scores) // n
     real, fake = scores[(n - 1) * per_update : (n - 1) * per_update + 2]
     assert (d_real, d_fake) == pytest.approx((real.mean().item(), fake.mean().item()), abs=1e-6)
@@ -139,7 +139,7 @@ def test_wgan_clips_every_parameter_after_every_update(tmp_path, monkeypatch):
     run = open_script("wgan", tmp_path, "--n-critic", 2, "--lr", 0.1, "--clip", 0.03)
     spy = Spy(run, monkeypatch)
     for _ in range(3):
-        run.train_step(*next(run.batches))
+        run.step()
         assert max(p.abs().max().item() for p in run.D.parameters()) <= 0.03 + 1e-9
     assert all(largest <= 0.03 + 1e-9 for which, _, largest in spy.events if which == "G")
     assert all(largest > 0.03 for which, _, largest in spy.events if which == "D"), (
@@ -165,14 +165,15 @@ def test_wgan_gp_weighs_the_penalty(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "gradient_penalty", gradient_penalty)
     monkeypatch.setattr(module, "d_loss", d_loss)
     run = open_script("wgan_gp", tmp_path, "--gp-weight", 7)
-    loss_D, *_ = run.train_step(*next(run.batches))
+    loss_D, *_ = run.step()
     assert loss_D.item() == pytest.approx((losses[-1] + 7 * penalties[-1]).item(), rel=1e-6)
     assert len(penalties) == 5
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_optimisers_are_those_of_the_flags(name, tmp_path):
-    run = open_script(name, tmp_path, "--lr", 0.125, "--beta1", 0.25, "--beta2", 0.75)
+    names = ("--momentum", "--alpha") if name == "wgan" else ("--beta1", "--beta2")
+    run = open_script(name, tmp_path, "--lr", 0.125, names[0], 0.25, names[1], 0.75)
     for optimiser in (run.opt_G, run.opt_D):
         (group,) = optimiser.param_groups
         assert group["lr"] == 0.125
@@ -199,7 +200,8 @@ PUBLISHED = {  # lr, beta1, beta2, n_critic, batch_size, variant flags
 def test_defaults_are_the_papers(name):
     args = SCRIPTS[name].parse_args(["--dataset", "digits"])
     lr, beta1, beta2, n_critic, batch_size, variant = PUBLISHED[name]
-    assert (args.lr, args.beta1, args.beta2) == (lr, beta1, beta2)
+    betas = (args.momentum, args.alpha) if name == "wgan" else (args.beta1, args.beta2)
+    assert (args.lr, *betas) == (lr, beta1, beta2)
     assert (args.n_critic, args.batch_size) == (n_critic, batch_size)
     assert all(getattr(args, flag) == value for flag, value in variant.items())
 
@@ -220,13 +222,13 @@ def test_run(name, device, tmp_path):
     assert [int(r["step"]) for r in rows] == [2, 3, 4, 6]
     assert all(np.isfinite(float(v)) for r in rows for v in r.values())
     assert float(rows[-1]["seconds"]) > 0
-    grids = {"000000.png", "000003.png", "000006.png", "walk.png"}
+    grids = {"000000.png", "000003.png", "000006.png"}
     assert {p.name for p in (out / "samples").iterdir()} == grids
-    assert {p.name for p in out.iterdir()} == {"samples", "log.csv", "checkpoint.pt", "args.json"}
+    assert {p.name for p in out.iterdir()} == {*("samples", "log.csv", "checkpoint.pt", "args.json", ".lock")}
     saved = json.loads((out / "args.json").read_text())
     assert (saved["width"], saved["batch_size"], saved["step"]) == (8, 4, 6)
-    columns, rows = (2, 8) if name == "cgan" else (8, 8)
-    assert Image.open(out / "samples" / "000006.png").size == (columns * 34 + 2, rows * 34 + 2)
+    columns = 2 if name == "cgan" else 8  # of 32 px and a border, enlarged to at least 512
+    assert Image.open(out / "samples" / "000006.png").size == (2 * (columns * 34 + 2), 2 * (8 * 34 + 2))
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 6
 
 
@@ -288,8 +290,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         next(run.G.parameters())[0] = float("nan")
     before = (tmp_path / "run-dcgan" / "checkpoint.pt").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        common.save_checkpoint(run.args, 9, {"G": run.G, "D": run.D})
-    assert "the weights of G are not finite at step 9" in stop.value.code
+        common.save_checkpoint(run.args, 9, run.state)
+    assert "the weights are not finite at step 9" in stop.value.code
     assert (tmp_path / "run-dcgan" / "checkpoint.pt").read_bytes() == before
 
 
@@ -313,17 +315,17 @@ def flag_changes(name, tmp_path, *flags):
     """A few numbers that depend on everything a run computes: the losses of two steps, the data, the grid."""
     run = open_script(name, tmp_path, "--n-critic", 2, *flags)
     torch.manual_seed(1)
-    batches = common.batches(run.args, run.data, 0)
-    losses = [t.item() for _ in range(2) for t in run.train_step(*next(batches))]
-    return losses, sum(p.numel() for p in run.G.parameters()), [tuple(t.shape) for t in next(batches)]
+    losses = [t.item() for _ in range(2) for t in run.step()]
+    return losses, sum(p.numel() for p in run.G.parameters()), [tuple(t.shape) for t in next(run.batches)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flag_changes_something(name, tmp_path):
     variant = {"gan": ["--saturating"], "lsgan": ["--a 0.3", "--b 0.7", "--c 0.6"], "wgan": ["--clip 0.5"]}
     variant["wgan_gp"] = ["--gp-weight 3"]
-    flags = ["--lr 0.03", "--beta1 0.3", "--beta2 0.3", "--n-critic 3", "--batch-size 6", "--z-dim 9"]
-    flags += ["--width 12", "--image-size 32", "--seed 5", *variant.get(name, [])]
+    flags = ["--lr 0.03", "--n-critic 3", "--batch-size 6", "--z-dim 9", "--width 12", "--image-size 32"]
+    flags += ["--seed 5", *variant.get(name, ["--beta1 0.3"])]
+    flags += ["--momentum 0.3", "--alpha 0.3"] if name == "wgan" else ["--beta1 0.3", "--beta2 0.3"]
     (tmp_path / "base").mkdir()
     base = flag_changes(name, tmp_path / "base")
     for k, flag in enumerate(flags):
