@@ -9,9 +9,10 @@ Differs from dcgan.py in: y, one-hot, joined to z in G and to the image as extra
 one class per column.
 
 Deviations from the paper: dcgan.py's convolutional networks, where the paper has fully connected ones with
-maxout; Adam where it has SGD with momentum; z is N(0, I), not uniform.
+maxout and dropout of 0.5 in both; Adam where it has SGD with momentum, in batches of 100; z is N(0, I), not
+uniform.
 
-    python cgan.py --width 32 --steps 3000
+    python cgan.py --width 16 --lr 1e-3 --steps 6000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

@@ -8,12 +8,12 @@ Goodfellow et al. 2014, Generative Adversarial Networks. https://arxiv.org/abs/1
 The first of the seven; read dcgan.py beside it.
 
 The paper leaves sizes open; layers, maxout and dropout are those of the authors' mnist.yaml
-(github.com/goodfeli/adversarial). Deviations from it: Adam, where it has SGD with momentum and a decaying
-rate; z is N(0, I), where it is uniform; tanh on [-1, 1] instead of a sigmoid on [0, 1]; N(0, 0.02) instead of
-uniform initial weights; 32 px, padded. Adam's rate is 1e-3: on another machine it gave 217 below, and
-dcgan.py's 2e-4 gave 320.
+(github.com/goodfeli/adversarial). Deviations from it: Adam at 1e-3, where it has SGD with momentum and a
+decaying rate, and which trains better; z is N(0, I), where it is uniform; G ends in tanh, not a sigmoid, and D
+maps its images to [0, 1]; weights start as N(0, 0.02), not uniform, and G's output biases at 0, not from the
+pixels' means; 32 px, padded; D and G are updated in turn, as in Algorithm 1, not at once on the same fakes.
 
-    python gan.py --steps 3000
+    python gan.py --steps 7500
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -89,7 +89,7 @@ class Discriminator(nn.Module):
         self.net = nn.Sequential(*layers).apply(init_weights)
 
     def forward(self, x):
-        return self.net(x).flatten()
+        return self.net((x + 1) / 2).flatten()  # pixels in [0, 1]: a dropped one is black, not grey
 
 
 def init_weights(m):

@@ -10,10 +10,10 @@ batch together, and the penalty is on each one's gradient), He's initialisation 
 
 Adam's betas (0.5, 0.9) are those of the authors' gan_cifar.py (github.com/igul222/improved_wgan_training);
 Algorithm 1 of the paper has (0, 0.9). Deviations from that code: dcgan.py's 4x4 kernels and width 64, where
-it has 5x5 and 128; z of 100 dimensions, not 128; N(0, 0.02) in G and He's normal in D, where it has, but for
-its dense layers, He's uniform (N(0, 0.02) in D gave 118 below, on another machine). Not the paper's ResNet.
+it has 5x5 and 128 (and says that 64 is better); z of 100 dimensions, not 128; N(0, 0.02) in G and He's normal
+in D, where its convolutions have the variance 4 / (fan_in + fan_out). Not the paper's ResNet.
 
-    python wgan_gp.py --width 32 --steps 3000
+    python wgan_gp.py --width 16 --lr 1e-3 --steps GPSTEPS
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

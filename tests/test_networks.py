@@ -124,6 +124,25 @@ def test_gan_dropout():
     assert [m.p for m in D.modules() if isinstance(m, nn.Dropout)] == [0.2, 0.5, 0.5]
 
 
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_slopes(name):
+    """LeakyReLU of 0.2 in D, as DCGAN has it; 0.1 in SNGAN's Table 3; ReLU in G."""
+    G, D = networks(name)
+    assert {m.negative_slope for m in D.modules() if isinstance(m, nn.LeakyReLU)} == {
+        0.1 if name == "sngan" else 0.2
+    }
+    assert not any(isinstance(m, nn.LeakyReLU) for m in G.modules())
+
+
+def test_gan_drops_pixels_to_black():
+    """D sees pixels in [0, 1], as its authors' does: on [-1, 1] a dropped one would be grey."""
+    _, D = networks("gan")
+    seen = []
+    D.net[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    D(torch.tensor([-1.0, 0.0, 1.0])[:, None, None, None].expand(3, 3, 16, 16))
+    assert [row.unique().tolist() for row in seen[0]] == [[0], [0.5], [1]]
+
+
 def test_every_weight_of_sngans_discriminator_has_spectral_norm_1():
     """sigma by SVD: at least 1 while the power iteration is still on its way, 1 when it has arrived."""
     _, D = networks("sngan", image_size=16, width=4)
