@@ -1,6 +1,7 @@
 """SNGAN: every layer of D divided by its spectral norm, which bounds how steep D can be, at no extra pass.
 
-Miyato et al. 2018, Spectral Normalization for Generative Adversarial Networks. https://arxiv.org/abs/1802.05957
+Miyato et al. 2018, Spectral Normalization for Generative Adversarial Networks.
+https://arxiv.org/abs/1802.05957
 
     D:  min  E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))]
     G:  min  -E[D(G(z))]
@@ -10,11 +11,11 @@ of D where the gradient penalty was, N(0, 0.02) in D again, one D update per G u
 
 D's widths are those of Table 3; the lab's pfnet-research/chainer-gan-lib doubles them one layer earlier.
 Optimiser: setting C of Table 1. The paper's main loss is cross entropy (eq. 15); hinge, eqs. 16 and 17, gave
-its standard CNN the better FID (Table 2). Deviations from the paper: batch norm and ReLU after G's dense layer
-too, as in that code, but per channel; one power iteration in every forward pass of D, as in that code, where
-Algorithm 1 has one per update. The authors' pfnet-research/sngan_projection also has a rate that falls linearly
-to 0, twice D's batch for G, and dequantised pixels. Spectral norm bounds D's Lipschitz constant up to a factor:
-it is taken of the weight as a matrix, not of the convolution.
+its standard CNN the better FID (Table 2). Deviations from the paper: batch norm and ReLU after G's dense
+layer too, as in that code, but per channel; one power iteration in every forward pass of D, as in that code,
+where Algorithm 1 has one per update. The authors' pfnet-research/sngan_projection also has a rate that falls
+linearly to 0, twice D's batch for G, and dequantised pixels. Spectral norm bounds D's Lipschitz constant up
+to a factor: it is taken of the weight as a matrix, not of the convolution.
 
     python sngan.py --width 16 --lr 1e-3 --steps 4000
 """

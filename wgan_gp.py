@@ -13,7 +13,7 @@ Algorithm 1 of the paper has (0, 0.9). Deviations from that code: dcgan.py's 4x4
 it has 5x5 and 128 (and says that 64 is better); z of 100 dimensions, not 128; N(0, 0.02) in G and He's normal
 in D, where its convolutions have the variance 4 / (fan_in + fan_out). Not the paper's ResNet.
 
-    python wgan_gp.py --width 16 --lr 1e-3 --steps GPSTEPS
+    python wgan_gp.py --width 16 --lr 1e-3 --steps 2500
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

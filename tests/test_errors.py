@@ -141,7 +141,13 @@ def test_bad_arguments_and_data(case, tmp_path, capsys, monkeypatch):
     if "no network" in case:
         monkeypatch.setitem(common._TORCHVISION, "mnist", (NoNetwork, "MNIST"))
     before = tree(t)
-    argv = flags.format(t=t).split()
+    argv = [
+        "--steps",
+        "1",
+        "--width",
+        "4",
+        *flags.format(t=t).split(),
+    ]  # so that a miss does not train for hours
     if "--device" not in argv:
         argv += ["--device", "cpu"]
     with pytest.raises(SystemExit) as stop:

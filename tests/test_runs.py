@@ -220,7 +220,7 @@ def test_ctrl_c_while_the_imports_are_under_way(module, tmp_path):
 
 def in_child(function):
     """Runs function in a forked process, which has torch loaded already; returns the process."""
-    process = multiprocessing.get_context("fork").Process(target=function)
+    process = multiprocessing.get_context("fork").Process(target=function, daemon=True)
     process.start()
     return process
 
