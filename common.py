@@ -98,9 +98,14 @@ def parse_args(parser, argv, script):
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be {wanted}")
 
     check("generate", not args.generate or not args.resume, "left out, or --resume: one draws, one trains on")
+    gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    devices = ["cpu", *(gpus if torch.cuda.is_available() else [])]
+    check("device", args.device in devices, f"one of this machine's: {', '.join(devices)}")
+    if args.device != "cpu":
+        torch.cuda.set_device(args.device)  # whose random numbers and graphs they are
     run = args.run = SimpleNamespace(script=Path(script).stem, log="", seconds=0.0, shown="", board=None)
     run.data = {"images": 0, "channels": 0, "classes": [], "fingerprint": 0}
-    run.random = torch.cuda if args.device.startswith("cuda") else torch  # whose generator the run draws from
+    run.random = torch if args.device == "cpu" else torch.cuda  # whose generator the run draws from
     if args.out_dir == parser.get_default("out_dir"):
         dataset = os.path.basename(os.path.abspath(args.dataset))
         args.out_dir = args.out_dir.format(script=run.script, dataset=dataset)
@@ -125,14 +130,9 @@ def parse_args(parser, argv, script):
         check(name, 0 <= getattr(args, name, 0) < 1, "in [0, 1)")
     known = args.generate or args.dataset in BUILT_IN or os.path.isdir(args.dataset)
     check("dataset", known, f"{', '.join(BUILT_IN)}, or a folder of images")
-    gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    devices = ["cpu", *(gpus if torch.cuda.is_available() else [])]
-    check("device", args.device in devices, f"one of this machine's: {', '.join(devices)}")
     check("cuda_graph", not args.cuda_graph or args.device != "cpu", "left out on a CPU")
     no_board = args.tensorboard and importlib.util.find_spec("tensorboard") is None
     check("tensorboard", not no_board, "left out, or installed: pip install tensorboard")
-    if args.device != "cpu":
-        torch.cuda.set_device(args.device)  # whose random numbers and graphs they are
     _claim(args, lock=args.resume or args.generate)
     return args
 

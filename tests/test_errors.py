@@ -292,11 +292,13 @@ def test_no_permission(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda(capsys, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        argv = ["--dataset", "digits", "--device", "cuda", "--out-dir", str(tmp_path / "run")]
-        SCRIPTS["dcgan"].parse_args(argv)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and "--device is cuda: it must be one of" in err and err.count("\n") == 1
+    argv = good_run(tmp_path).split()
+    for flags in ([], ["--resume"], ["--generate", "3"]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            SCRIPTS["dcgan"].parse_args([*argv, "--device", "cuda", *flags])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and "--device is cuda: it must be one of" in err and err.count("\n") == 1
 
 
 def test_as_a_program(tmp_path):
