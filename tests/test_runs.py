@@ -272,6 +272,7 @@ def test_two_processes_do_not_share_a_run(train, tmp_path, monkeypatch, capfd):
     before = (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns
     child = in_child(lambda: train("dcgan", "run", "--steps", 10**6, "--save-every", 1, "--resume"))
     while (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns == before:
+        assert child.is_alive()
         time.sleep(0.01)
     with monkeypatch.context() as m:
         m.setattr(common, "load_data", None)  # before the data is even opened
