@@ -51,7 +51,9 @@ def _one_line_excepthook(kind, error, trace):
     message = str(error)
     if issubclass(kind, KeyboardInterrupt):
         message = "interrupted"
-    elif issubclass(kind, MemoryError) or re.search("memory|size calculation overflowed", message):
+    elif issubclass(kind, MemoryError) or re.search(
+        "out of memory|allocate|size calculation overflowed", message
+    ):
         message = "not enough memory: lower --batch-size, --width or --image-size"
     elif not issubclass(kind, OSError):
         return sys.__excepthook__(kind, error, trace)
@@ -74,6 +76,9 @@ class _Display:
         with contextlib.suppress(OSError, ValueError):
             self.stream.write(text)
             self.stream.flush()
+
+    def flush(self):
+        """`write` has done it."""
 
 
 BUILT_IN = ("mnist", "fashion-mnist", "cifar10", "digits")
@@ -267,7 +272,8 @@ def _load_folder(folder, data_dir, size, labelled):
     images = [name for name, p in paths.items() if p.suffix.lower() in endings and p.is_file()]
     flat = [name for name in images if "/" not in name]
     names = max(flat, [name for name in images if "/" in name], key=len)
-    others = [name for name in paths if name not in set(names) and ("/" in name or not paths[name].is_dir())]
+    others = sorted(paths.keys() - set(names))
+    others = [name for name in others if "/" in name or not paths[name].is_dir()]
     if not names:
         fail(f"{folder} holds no images, neither flat nor in one subfolder per class")
     if labelled and names is flat:

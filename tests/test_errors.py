@@ -328,6 +328,12 @@ def test_errors_of_the_world_are_one_line(capsys):
         assert err.count("\n") == 1 and "lower --batch-size, --width or --image-size" in err
 
 
+def test_a_bug_keeps_its_traceback(capsys):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    common._one_line_excepthook(RuntimeError, error, None)
+    assert "illegal memory access" in capsys.readouterr().err
+
+
 def test_an_ascii_terminal(tmp_path):
     """Help, and names that it cannot show."""
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}

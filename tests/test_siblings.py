@@ -180,7 +180,7 @@ def lines(*patterns):
 
 def test_budgets(capsys):
     """Minimal stays true: a script is read at one sitting. `pytest -s` prints where each file stands."""
-    budgets = {f"{name}.py": 200 for name in NAMES} | {"common.py": 585, "tests/*.py": 3050, "README.md": 170}
+    budgets = {f"{name}.py": 200 for name in NAMES} | {"common.py": 590, "tests/*.py": 3050, "README.md": 170}
     counted = {pattern: lines(pattern) for pattern in budgets}
     with capsys.disabled():
         print("\n" + ", ".join(f"{p} {n} of {budgets[p]}" for p, n in counted.items()))

@@ -42,6 +42,9 @@ def test_updates_are_isolated_and_in_order(name, tmp_path, monkeypatch):
     before = snapshot(run.D)
     run.step()
     assert [which for which, *_ in spy.events] == ["D", "D", "D", "G"]
+    assert not any(p.requires_grad for p in run.D.parameters()), (
+        "G's update computes no gradient of D's weights"
+    )
     for which, moved, _ in spy.events:
         other = "G" if which == "D" else "D"
         assert not moved[other]
