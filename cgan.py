@@ -18,7 +18,6 @@ uniform.
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 import common
-
 import torch
 from torch import nn
 
@@ -57,20 +56,18 @@ class Generator(nn.Module):
 
     def __init__(self, z_dim, width, channels, image_size, n_classes):
         super().__init__()
-        self.n_classes = n_classes
+        self.register_buffer("one_hot", torch.eye(n_classes))
         c = width * image_size // 8  # at 4x4; halved by every stage, and `width` before the last
-        layers = [nn.ConvTranspose2d(z_dim + n_classes, c, 4, bias=False)]
-        layers += [nn.BatchNorm2d(num_features=c), nn.ReLU()]
+        layers = [nn.ConvTranspose2d(z_dim + n_classes, c, 4, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
         while c > width:
             layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(num_features=c // 2), nn.ReLU()]
+            layers += [nn.BatchNorm2d(c // 2), nn.ReLU()]
             c //= 2
         layers += [nn.ConvTranspose2d(c, channels, 4, stride=2, padding=1), nn.Tanh()]
         self.net = nn.Sequential(*layers).apply(init_weights)
 
     def forward(self, z, y):
-        y = nn.functional.one_hot(y, self.n_classes).to(z.dtype)
-        return self.net(torch.cat([z, y], 1)[:, :, None, None])
+        return self.net(torch.cat([z, self.one_hot[y]], 1)[:, :, None, None])
 
 
 class Discriminator(nn.Module):
@@ -78,19 +75,17 @@ class Discriminator(nn.Module):
 
     def __init__(self, width, channels, image_size, n_classes):
         super().__init__()
-        self.n_classes = n_classes
+        self.register_buffer("one_hot", torch.eye(n_classes))
         c = width
         layers = [nn.Conv2d(channels + n_classes, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         while c < width * image_size // 8:
             layers += [nn.Conv2d(c, c * 2, 4, stride=2, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(num_features=c * 2), nn.LeakyReLU(0.2)]
+            layers += [nn.BatchNorm2d(c * 2), nn.LeakyReLU(0.2)]
             c *= 2
-        layers += [nn.Conv2d(c, 1, 4)]
-        self.net = nn.Sequential(*layers).apply(init_weights)
+        self.net = nn.Sequential(*layers, nn.Conv2d(c, 1, 4)).apply(init_weights)
 
     def forward(self, x, y):
-        y = nn.functional.one_hot(y, self.n_classes).to(x.dtype)
-        y = y[:, :, None, None].expand(-1, -1, *x.shape[2:])  # one constant channel per class
+        y = self.one_hot[y][:, :, None, None].expand(-1, -1, *x.shape[2:])  # one constant channel per class
         return self.net(torch.cat([x, y], 1)).flatten()
 
 
@@ -123,16 +118,12 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     data = common.load_data(args, labelled=True)
-    channels, n_classes = data.images.shape[1], len(data.classes)
-    if args.label is not None and not (args.generate and args.label < n_classes):
-        common.fail(f"--label is {args.label}: it goes with --generate and is below {n_classes}, the classes")
 
-    G = Generator(args.z_dim, args.width, channels, args.image_size, n_classes).to(device)
-    D = Discriminator(args.width, channels, args.image_size, n_classes).to(device)
-    betas = (args.beta1, args.beta2)
-    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True, capturable=args.cuda_graph)
-    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True, capturable=args.cuda_graph)
-    fixed_y = torch.arange(n_classes, device=device)[:16].repeat(8)  # 8 rows; a class per column, 16 at most
+    G = Generator(args.z_dim, args.width, data.channels, args.image_size, data.n_classes).to(device)
+    D = Discriminator(args.width, data.channels, args.image_size, data.n_classes).to(device)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    fixed_y = torch.arange(data.n_classes, device=device)[:16].repeat(8)  # a class per column, 16 at most
     fixed_z = torch.randn(len(fixed_y), args.z_dim, device=device)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
@@ -170,13 +161,7 @@ def main(argv=None):
         common.save_checkpoint(args, step, state)
 
     if args.generate:
-        y = torch.arange(n_classes, device=device) if args.label is None else fixed_y.new_tensor([args.label])
-
-        def draw(i):
-            return sample(torch.randn(len(i), args.z_dim, device=device), y[i % len(y)])
-
-        common.generate(args, state, draw, y.tolist())
-        return
+        return common.generate(args, state, lambda n, y: sample(torch.randn(n, args.z_dim, device=device), y))
     first = common.open_run(args, state)
     save(first)
     d_step, g_step = common.cuda_graphs(args, d_step, g_step)

@@ -1,17 +1,14 @@
 """Data in, pictures and run files out: what the scripts share. Nothing in here knows what a GAN is.
 
-Whatever a user's mistake or the world breaks ends the program with one line on stderr and exit code 2, for a
-wrong argument, or 1.
+What a user or the world breaks ends in one line on stderr, with exit code 2 for a wrong argument, else 1.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -48,26 +45,19 @@ def _printable(text):
 
 def _one_line_excepthook(kind, error, trace):
     """What the world does to a program in one line; a traceback only for what is a bug in it."""
-    message = str(error)
-    if issubclass(kind, KeyboardInterrupt):
-        message = "interrupted"
-    elif issubclass(kind, MemoryError) or re.search(
-        "out of memory|allocate|size calculation overflowed", message
-    ):
+    message = "interrupted" if kind is KeyboardInterrupt else str(error)
+    if kind is MemoryError or any(s in message for s in ("out of memory", "allocate", "size calculation")):
         message = "not enough memory: lower --batch-size, --width or --image-size"
-    elif not issubclass(kind, OSError):
+    elif not issubclass(kind, (OSError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, trace)
-    try:
-        fail(message)
-    except SystemExit as e:
-        print(e, file=sys.stderr)
+    print(f"error: {_printable(message)}", file=sys.stderr)
 
 
 class _Display:
     """A standard stream that nothing depends on: its terminal, pipe or disk may be gone."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self.stream = getattr(stream, "stream", stream) or open(os.devnull, "w")  # noqa: SIM115
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -81,7 +71,7 @@ class _Display:
         """`write` has done it."""
 
 
-BUILT_IN = ("mnist", "fashion-mnist", "cifar10", "digits")
+_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 _OF_ONE_START = {"out_dir", "device", "resume", "generate", "label", "cuda_graph", "run"}  # not the run's
 _MAY_CHANGE = {"dataset", "data_dir", "steps", "log_every", "save_every", "tensorboard"}  # while it goes on
 
@@ -91,11 +81,8 @@ def parse_args(parser, argv, script):
     the flags of the run in --out-dir are the defaults; a typed one that shaped it otherwise is refused."""
     parser.prog = Path(script).name
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {_printable(message)}\n")
-    for name in ("stdout", "stderr"):
-        if not isinstance(getattr(sys, name), _Display):
-            setattr(sys, name, _Display(getattr(sys, name)))
+    sys.stdout, sys.stderr = _Display(sys.stdout), _Display(sys.stderr)
     sys.excepthook = _one_line_excepthook
-
     args = parser.parse_args(argv)
 
     def check(name, ok, wanted):
@@ -103,57 +90,51 @@ def parse_args(parser, argv, script):
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be {wanted}")
 
     check("generate", not args.generate or not args.resume, "left out, or --resume: one draws, one trains on")
-    gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    devices = ["cpu", *(gpus if torch.cuda.is_available() else [])]
+    gpus = range(torch.cuda.device_count())
+    devices = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in gpus)]
     check("device", args.device in devices, f"one of this machine's: {', '.join(devices)}")
     if args.device != "cpu":
         torch.cuda.set_device(args.device)  # whose random numbers and graphs they are
-    run = args.run = SimpleNamespace(script=Path(script).stem, log="", seconds=0.0, shown="", board=None)
+    run = args.run = SimpleNamespace(script=Path(script).stem, log="", seconds=0.0, shown={}, board=None)
     run.data = {"images": 0, "channels": 0, "classes": [], "fingerprint": 0}
     run.random = torch if args.device == "cpu" else torch.cuda  # whose generator the run draws from
-    if args.out_dir == parser.get_default("out_dir"):
-        dataset = os.path.basename(os.path.abspath(args.dataset))
-        args.out_dir = args.out_dir.format(script=run.script, dataset=dataset)
+    folder = f"{run.script}-{os.path.basename(os.path.abspath(args.dataset))}"
+    args.out_dir = args.out_dir.replace("{script}-{dataset}", folder)
+    doing = f"--generate {args.generate}" if args.generate else "--resume"
+    run.command = f"python {parser.prog} --out-dir {shlex.quote(args.out_dir)} {doing}"
     if args.resume or args.generate:
-        then = _read_checkpoint(args, {})["args"]
+        saved = _read_checkpoint(args, {})
+        then, run.data = saved["args"], saved["data"]
         parser.set_defaults(out_dir=args.out_dir, **then)
-        args = parser.parse_args(argv, argparse.Namespace(run=run))
+        args = parser.parse_args(argv, SimpleNamespace(run=run))
         free = _MAY_CHANGE | ({"seed"} if args.generate else set())
-        differ = [k for k in then if k not in free and getattr(args, k) != then[k]]
-        if differ:
-            flags = [f"--{k.replace('_', '-')} is {getattr(args, k)}, the run has {then[k]}" for k in differ]
-            doing = f"--generate {args.generate}" if args.generate else "--resume"
-            fail(f"{'; '.join(flags)}: {_command(args, doing)} goes on with its own flags")
+        for name, value in then.items():
+            ok = name in free or getattr(args, name) == value
+            check(name, ok, f"{value}, as in the run, or left out: {args.run.command}")
 
     for name, value in vars(args).items():
         least = {"seed": 0, "label": 0, "batch_size": 2}.get(name, 1)
         check(name, type(value) is not int or least <= value < 2**31, f"{least} or more, and below 2^31")
         check(name, type(value) is not float or math.isfinite(value), "a finite number")
+        check(name, name not in ("beta1", "beta2", "momentum", "alpha") or 0 <= value < 1, "in [0, 1)")
     check("image_size", args.image_size in [2**k for k in range(4, 11)], "a power of two from 16 to 1024")
     check("lr", args.lr > 0, "above 0")
-    for name in ("beta1", "beta2"):
-        check(name, 0 <= getattr(args, name, 0) < 1, "in [0, 1)")
-    known = args.generate or args.dataset in BUILT_IN or os.path.isdir(args.dataset)
-    check("dataset", known, f"{', '.join(BUILT_IN)}, or a folder of images")
+    known = args.dataset in (*_TORCHVISION, "digits") or os.path.isdir(args.dataset)
+    check("dataset", known or args.generate, f"{', '.join(_TORCHVISION)}, digits, or a folder of images")
+    label, n = getattr(args, "label", None), len(run.data["classes"])
+    check("label", label is None or (args.generate and label < n), f"below {n}, and with --generate")
     check("cuda_graph", not args.cuda_graph or args.device != "cpu", "left out on a CPU")
-    no_board = args.tensorboard and importlib.util.find_spec("tensorboard") is None
-    check("tensorboard", not no_board, "left out, or installed: pip install tensorboard")
+    board = not args.tensorboard or importlib.util.find_spec("tensorboard")
+    check("tensorboard", board, "left out, or installed: pip install tensorboard")
     _claim(args, lock=args.resume or args.generate)
     return args
 
 
-def _command(args, doing):
-    return f"python {args.run.script}.py --out-dir {shlex.quote(args.out_dir)} {doing}"
-
-
 def _claim(args, lock=True):
     """Fails where a run is in the way of a new one; locks the run for this process, however that ends."""
-    folder = Path(args.out_dir)
-    ours = any((folder / name).exists() for name in ("checkpoint.pt", "args.json", "log.csv", "samples"))
-    if ours and not args.resume and not args.generate:
-        fail(
-            f"{folder} holds a run: {_command(args, '--resume')} continues it; else choose another --out-dir"
-        )
+    folder, files = Path(args.out_dir), ("checkpoint.pt", "args.json", "log.csv", "samples")
+    if not args.resume and not args.generate and any((folder / name).exists() for name in files):
+        fail(f"{folder} holds a run: {args.run.command} continues it; or choose another --out-dir")
     if lock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -169,21 +150,18 @@ def _claim(args, lock=True):
 
 
 def load_data(args, labelled=False):
-    """The dataset `args.dataset`: `images` uint8 (N, C, S, S), on `args.device` where they fit in half of its
-    free memory; `labels` int64 (N,); `classes`, the names of what they number, [] where there are none. With
-    --generate, only the run's channels and classes. Fails where the data is missing, damaged or empty, or
-    must be `labelled` and is not."""
-    size, note = args.image_size, ""
+    """The dataset `args.dataset`: `images` uint8 (N, channels, S, S), on `args.device` where they fit in half
+    of its free memory; `labels` int64 (N,), below `n_classes` (0: none). With --generate only the
+    run's `channels` and `n_classes`. Fails where it is missing, damaged, empty, or lacks labels asked for."""
+    size, note, then = args.image_size, "", args.run.data
     if args.generate:
-        then = args.run.data = _read_checkpoint(args, {})["data"]
-        return SimpleNamespace(images=torch.empty(0, then["channels"], size, size), classes=then["classes"])
+        return SimpleNamespace(channels=then["channels"], n_classes=len(then["classes"]))
     if args.dataset == "digits":
         images, labels = draw_digits(min(20_000, 2**31 // size**2), size, args.seed)
         classes = list("0123456789")
-    elif args.dataset in BUILT_IN:
+    elif args.dataset in _TORCHVISION:
         images, labels, classes = load_torchvision(args.dataset, Path(args.data_dir))
-        if size != 32:
-            images = torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
+        images = torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
     else:
         images, labels, classes, note = _load_folder(Path(args.dataset), Path(args.data_dir), size, labelled)
     n, channels = images.shape[:2]
@@ -193,14 +171,14 @@ def load_data(args, labelled=False):
     args.run.data = {"images": n, "channels": channels, "classes": classes, "fingerprint": fingerprint}
     if args.device == "cpu" or images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(args.device)
-    return SimpleNamespace(images=images, labels=labels.to(args.device), classes=classes)
+    labels = labels.to(args.device)
+    return SimpleNamespace(images=images, labels=labels, channels=channels, n_classes=len(classes))
 
 
 def batches(args, data, start=0):
     """Endless minibatches from number `start` on: x float32 (batch_size, C, S, S) in [-1, 1], y int64
     (batch_size,), on `args.device`. Drawn i.i.d., as in Algorithm 1 of Goodfellow et al. 2014, from
-    `args.seed` and the number alone: a resumed run, another device, or data in host memory see the same
-    ones."""
+    `args.seed` and the number alone: a resumed run or another device sees the same ones."""
     for number in itertools.count(start + 1):
         rng = np.random.default_rng((args.seed, number))
         i = torch.from_numpy(rng.integers(len(data.images), size=args.batch_size))
@@ -209,14 +187,12 @@ def batches(args, data, start=0):
 
 
 def draw_digits(n, size, seed):
-    """White-on-black digits in Pillow's font, varied at random by `seed`: uint8 (n, 1, size, size), labels
-    int64 (n,)."""
+    """White-on-black digits, varied at random by `seed`: uint8 (n, 1, size, size), labels int64 (n,)."""
     rng, glyphs, fine = np.random.default_rng(seed), [], 4 * size
     font = ImageFont.load_default(size=fine)
-    for stroke, digit in itertools.product((0, 0.01, 0.02, 0.03), "0123456789"):
-        canvas = Image.new("L", (fine, fine))
-        at, width = (fine / 2, fine / 2), round(stroke * fine)
-        ImageDraw.Draw(canvas).text(at, digit, 255, font, anchor="mm", stroke_width=width)
+    for bold, digit in itertools.product((0, 0.01, 0.02, 0.03), "0123456789"):
+        canvas, middle = Image.new("L", (fine, fine)), (fine / 2, fine / 2)
+        ImageDraw.Draw(canvas).text(middle, digit, 255, font, "mm", stroke_width=round(bold * fine))
         glyphs.append(TF.pil_to_tensor(canvas.reduce(4)))  # drawn larger, so that thin strokes stay smooth
     pick, glyphs = torch.from_numpy(rng.integers(len(glyphs), size=n)), torch.stack(glyphs).float()
 
@@ -231,18 +207,12 @@ def draw_digits(n, size, seed):
     return images, pick % 10
 
 
-_TORCHVISION = {  # dataset: class, folder under --data-dir
-    "mnist": (torchvision.datasets.MNIST, "MNIST"),
-    "fashion-mnist": (torchvision.datasets.FashionMNIST, "FashionMNIST"),
-    "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py"),
-}
-
-
 def load_torchvision(name, data_dir, train=True):
     """A torchvision dataset: uint8 (N, C, 32, 32), MNIST's 28 px zero-padded; labels (N,); class names.
     Downloaded into `data_dir` where it is not; what is there is not written to. Fails where it is damaged."""
-    dataset_class, folder = _TORCHVISION[name]
-    missing = not (data_dir / folder).exists()
+    dataset_class = getattr(torchvision.datasets, _TORCHVISION[name])
+    folder = data_dir / getattr(dataset_class, "base_folder", _TORCHVISION[name])
+    missing = not folder.exists()
     try:
         dataset = dataset_class(data_dir, train=train, download=missing)
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
@@ -254,50 +224,42 @@ def load_torchvision(name, data_dir, train=True):
             raise ValueError(f"images {tuple(images.shape)}, {len(labels)} labels up to {labels.max()}")
         return images, labels, list(dataset.classes)
     except Exception as e:  # torchvision's readers assert, index, unpickle and download: anything comes out
-        problem = "is incomplete or damaged: move it away to download it anew"
         if missing:
-            shutil.rmtree(data_dir / folder, ignore_errors=True)
-            problem = "could not be downloaded: use --dataset digits, which needs no download"
-        fail(f"{data_dir / folder} {problem}, or name another --data-dir ({type(e).__name__}: {e})")
+            shutil.rmtree(folder, ignore_errors=True)
+        problem = "could not be downloaded" if missing else "is incomplete or damaged: move it away"
+        fail(f"{folder} {problem}, or use --dataset digits, which needs none ({type(e).__name__}: {e})")
 
 
 def _load_folder(folder, data_dir, size, labelled):
     """Images uint8 (N, C, size, size), labels (N,), class names, and a note of these and of what was left
     out. The images lie flat or in one subfolder per class, whichever holds more. They are decoded into a file
-    under `data_dir/folders`, and anew when it is damaged or an image's name, size or time of change
-    differs."""
+    under `data_dir/folders`, and anew when it is damaged or an image's name, size or time differs."""
     paths = {p.relative_to(folder).as_posix(): p for p in (*folder.glob("*"), *folder.glob("*/*"))}
     paths = {name: paths[name] for name in sorted(paths) if "/." not in f"/{name}"}  # no hidden ones
     endings = set(Image.registered_extensions())
     images = [name for name, p in paths.items() if p.suffix.lower() in endings and p.is_file()]
     flat = [name for name in images if "/" not in name]
     names = max(flat, [name for name in images if "/" in name], key=len)
-    others = sorted(paths.keys() - set(names))
-    others = [name for name in others if "/" in name or not paths[name].is_dir()]
-    if not names:
-        fail(f"{folder} holds no images, neither flat nor in one subfolder per class")
-    if labelled and names is flat:
-        fail(f"{folder} has no labels, which this script needs: put the images in one subfolder per class")
-
+    others = [name for name in paths.keys() - set(names) if "/" in name or not paths[name].is_dir()]
+    if not names or (labelled and names is flat):
+        fail(f"{folder} holds no images{'' if labelled else ', neither flat nor'} in one subfolder per class")
     stats = [(name, paths[name].stat()) for name in names]
     key = zlib.crc32(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode())
-    place = zlib.crc32(os.fsencode(folder.resolve()))
-    cache = data_dir / "folders" / f"{_printable(folder.resolve().name)}-{place:08x}-{size}.pt"
+    cache = data_dir / "folders" / f"{zlib.crc32(os.fsencode(folder.resolve())):08x}-{size}.pt"
     try:
-        saved = torch.load(cache, mmap=True, weights_only=True)
-        images, readable = saved[key], saved["readable"]
+        images, readable = torch.load(cache, mmap=True, weights_only=True)[key]
     except Exception:  # missing, stale, torn or foreign
         images, readable = _decode([paths[name] for name in names], size)
         if not any(readable):
-            fail(f"none of the {len(names)} image files in {folder} can be read: {', '.join(names[:10])}")
+            fail(f"{folder} holds {len(names)} image files, of which none can be read")
         with replacing(cache, lock=True) as f:
-            torch.save({key: images, "readable": readable}, f)
+            torch.save({key: (images, readable)}, f)
 
     skipped = [name for name, ok in zip(names, readable, strict=True) if not ok]
     parents = [name.rpartition("/")[0] for name, ok in zip(names, readable, strict=True) if ok]
     classes = sorted(set(parents) - {""})
     note = f" ({', '.join(classes)})" if classes else ""
-    for what, left_out in (("unreadable, skipped", skipped), ("ignored", others)):
+    for what, left_out in (("unreadable, skipped", skipped), ("ignored", sorted(others))):
         note += f"; {len(left_out):,} {what}: {', '.join(left_out[:10])}" if left_out else ""
     number = {name: k for k, name in enumerate(classes or [""])}
     return images, torch.tensor([number[parent] for parent in parents]), classes, note
@@ -309,8 +271,7 @@ def _decode(paths, size):
 
     def decode(k):
         image = decode_image(paths[k], size)
-        if image is not None:
-            images[k] = torch.from_numpy(image)
+        images[k] = 0 if image is None else torch.from_numpy(image)
         return image is not None
 
     pool = ThreadPoolExecutor(os.cpu_count())  # threads do: Pillow works without the interpreter's lock
@@ -368,25 +329,22 @@ def open_run(args, state):
     into `state`: names to modules, optimisers and tensors. Fails where it is damaged or another script's, or
     the run was trained on other images."""
     _claim(args)
+    for part in state.values():
+        for group in getattr(part, "param_groups", ()):  # an optimiser's
+            group["capturable"] = args.cuda_graph
     if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        args.run.board = SummaryWriter(args.out_dir)
+        args.run.board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.out_dir)
     if not args.resume:
         return 0
     saved = _read_checkpoint(args, state)
     if saved["data"] != args.run.data:
-        command = _command(args, "--resume")
-        fail(
-            f"{args.out_dir} was trained on other images than {args.dataset}: {command} goes on with its own"
-        )
+        fail(f"{args.out_dir} was trained on other images than {args.dataset}: leave --dataset out")
     args.run.log, args.run.seconds = saved["log"], saved["seconds"]
     with replacing(Path(args.out_dir, "log.csv")) as f:  # rows after the checkpoint will come again
         f.write(saved["log"].encode())
+    torch.manual_seed(args.seed + saved["step"])  # for a run from another kind of device: new noise
     if saved["rng"].shape == args.run.random.get_rng_state().shape:
         args.run.random.set_rng_state(saved["rng"])
-    else:  # the run comes from another kind of device: go on with new noise, not with the first steps'
-        torch.manual_seed(args.seed + saved["step"])
     return saved["step"]
 
 
@@ -411,10 +369,7 @@ def _read_checkpoint(args, state):
     """The checkpoint in `args.out_dir`, read into the parts of `state` after all of it has been checked."""
     path = Path(args.out_dir, "checkpoint.pt")
     try:
-        with open(path, "rb") as f:
-            saved = torch.load(f, map_location="cpu", weights_only=True)
-        if saved["script"] != args.run.script:
-            fail(f"{path} is a checkpoint of {saved['script']}.py, not of {args.run.script}.py")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         then = {name: saved["state"][name] for name in state}
         for name, part in state.items():
             if isinstance(part, torch.optim.Optimizer):
@@ -425,13 +380,14 @@ def _read_checkpoint(args, state):
                 # How it runs, as fused or capturable, is for this start to say; the rest is in the flags.
                 then[name] = {**then[name], "param_groups": part.state_dict()["param_groups"]}
         now = _contents(args, 0, state)
-        if not _same_form(now, {**saved, "state": then, "rng": now["rng"]}) or saved["rng"].ndim != 1:
+        ours = (saved["script"], saved["rng"].ndim) == (args.run.script, 1)
+        if not ours or not _same_form(now, {**saved, "state": then, "rng": now["rng"]}):
             raise ValueError
         for name, part in state.items():
             (part.copy_ if isinstance(part, torch.Tensor) else part.load_state_dict)(then[name])
         return saved
     except FileNotFoundError:
-        fail(f"{args.out_dir} holds no run: name its folder with --out-dir, or train one without --resume")
+        fail(f"{args.out_dir} holds no checkpoint: name a run's folder with --out-dir, or train one first")
     except Exception:  # torn files, foreign pickles and edited dictionaries raise many things
         fail(f"{path} is damaged, or no checkpoint of this {args.run.script}.py; nothing was changed")
 
@@ -460,24 +416,26 @@ def save_grid(args, step, images, columns=8):
         args.run.board.add_image("samples", grid, step)
 
 
-def generate(args, state, draw, labels=()):
+def generate(args, state, draw):
     """Writes `args.generate` images from the checkpoint to `args.out_dir/generated/000000.png`, ...;
-    `draw(i)` gives those numbered i (int64, (100,)), (100, C, S, S) in [-1, 1]. With `labels`, image i is of
-    class labels[i % len(labels)], as its name says: `000003_class3.png`. The same `--seed` gives the same
+    `draw(n)` gives n of them, (n, C, S, S) in [-1, 1]; with a flag --label it is `draw(n, y)`, where y are
+    that class or all in turn, as the names say: `000003_class3.png`. The same `--seed` gives the same
     images. Fails where that folder exists; it has its name when all are written."""
     folder, tmp = Path(args.out_dir, "generated"), Path(args.out_dir, "generated.tmp")
     if folder.exists():
         fail(f"{folder} exists: move or delete it")
     _read_checkpoint(args, state)
     torch.manual_seed(args.seed)
+    y = torch.arange(args.generate + 100, device=args.device) % max(1, len(args.run.data["classes"]))
+    y = y if getattr(args, "label", None) is None else torch.full_like(y, args.label)
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         tmp.mkdir()
         for k in tqdm(range(args.generate), "generating", unit="image"):
             if k % 100 == 0:
-                images = draw(torch.arange(k, k + 100, device=args.device))
+                images = draw(100, y[k : k + 100]) if hasattr(args, "label") else draw(100)
                 images = images.add(1).mul(127.5).round().byte().cpu()
-            label = f"_class{labels[k % len(labels)]}" if len(labels) else ""
+            label = f"_class{y[k]}" if hasattr(args, "label") else ""
             TF.to_pil_image(images[k % 100]).save(tmp / f"{k:06d}{label}.png")
         tmp.rename(folder)
     except OSError as e:
@@ -494,30 +452,26 @@ def steps(args, first):
 
     def on_signal(number, frame):
         came.append(number)
-        for s in handlers:
-            signal.signal(s, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # no print: one may be what was interrupted
             os.write(2, b"\nsaving after one more step; once more ends it at once\n")
 
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {s: h for s in handled if (h := signal.getsignal(s)) != signal.SIG_IGN}  # nohup ignores one
-    for s in handlers:
-        signal.signal(s, on_signal)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for s, handler in handlers.items():
+        signal.signal(s, handler if handler == signal.SIG_IGN else on_signal)  # nohup ignores one
     args.run.started = time.monotonic() - args.run.seconds
     pace = 0.2 if sys.stderr.isatty() else 30
-    bar = tqdm(
-        None, args.run.script, args.steps, initial=first, unit="step", smoothing=0.05, mininterval=pace
-    )
+    todo, total = range(first + 1, args.steps + 1), args.steps
+    bar = tqdm(todo, args.run.script, total, initial=first, unit="step", smoothing=0.05, mininterval=pace)
     try:
-        for step in range(first + 1, args.steps + 1):
+        for step in bar:
             last = came[:1]
             save_due = step % args.save_every == 0 or step == args.steps or bool(last)
             yield step, save_due or step % args.log_every == 0, save_due
-            bar.set_postfix_str(args.run.shown, refresh=False)
-            bar.update()
+            bar.set_postfix(args.run.shown, refresh=False)
             if last:
                 bar.close()
-                print(f"saved at step {step}: {_command(args, '--resume')} continues", file=sys.stderr)
+                print(f"saved at step {step}: {args.run.command} continues", file=sys.stderr)
                 sys.exit(128 + last[0])
     finally:
         bar.close()
@@ -530,9 +484,9 @@ def log(args, step, **values):
     """Writes a row to log.csv, step, seconds and the scalar tensors `values`, and shows them on the bar.
     Reading them is the loop's one host sync. Fails where one is not finite."""
     numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-    args.run.shown = ", ".join(f"{name}={v:.4g}" for name, v in numbers.items())
+    args.run.shown = {name: f"{v:.4g}" for name, v in numbers.items()}
     if not all(map(math.isfinite, numbers.values())):
-        fail(f"step {step} is not finite ({args.run.shown}); the checkpoint is from before; try a lower --lr")
+        fail(f"step {step} is not finite {args.run.shown}; the checkpoint is from before; try a lower --lr")
     header = "" if args.run.log else ",".join(["step", "seconds", *values]) + "\n"
     args.run.seconds = time.monotonic() - args.run.started
     row = [str(step), f"{args.run.seconds:.2f}", *(f"{v:.5g}" for v in numbers.values())]
@@ -558,30 +512,26 @@ def cuda_graphs(args, *functions):
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.Stream())  # captures must not depend on work of the default stream
 
-    def graphed(function):
-        graph, calls, buffers, outputs = torch.cuda.CUDAGraph(), 0, (), ()
+    def detached(result):  # with its history it would keep autograd's nodes and their stream
+        return result.detach() if isinstance(result, torch.Tensor) else [t.detach() for t in result]
 
-        def detached(inputs):  # a result with its history would keep autograd's nodes and their stream
-            result = function(*inputs)
-            return result.detach() if isinstance(result, torch.Tensor) else [t.detach() for t in result]
-
-        def call(*inputs):
-            nonlocal calls, buffers, outputs
-            calls += 1
-            if calls < 4:  # lazy initialisation is not to be captured
-                return detached(inputs)
-            if calls == 4:
-                buffers = [x.clone() for x in inputs]
-                try:
-                    with torch.cuda.graph(graph):
-                        outputs = detached(buffers)
-                except RuntimeError as e:
-                    fail(f"no CUDA graph ({e}): {_command(args, '--resume')} goes on without one")
+    def calls(function):
+        inputs = yield
+        for _ in range(3):  # lazy initialisation is not to be captured
+            inputs = yield detached(function(*inputs))
+        graph, buffers = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+        try:
+            with torch.cuda.graph(graph):
+                outputs = detached(function(*buffers))
+        except RuntimeError as e:
+            fail(f"no CUDA graph ({e}): {args.run.command} goes on without one")
+        while True:
+            graph.replay()
+            inputs = yield outputs
             for buffer, x in zip(buffers, inputs, strict=True):
                 buffer.copy_(x)
-            graph.replay()
-            return outputs
 
-        return call
-
-    return [graphed(function) for function in functions]
+    generators = [calls(function) for function in functions]
+    for generator in generators:
+        next(generator)
+    return [lambda *inputs, g=generator: g.send(inputs) for generator in generators]

@@ -20,7 +20,6 @@ and last layers, and updates D and G on alternating batches.
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 import common
-
 import torch
 from torch import nn
 
@@ -59,11 +58,10 @@ class Generator(nn.Module):
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
         c = width * image_size // 8  # at 4x4; halved by every stage, and `width` before the last
-        layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False)]
-        layers += [nn.BatchNorm2d(num_features=c), nn.ReLU()]
+        layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
         while c > width:
             layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(num_features=c // 2), nn.ReLU()]
+            layers += [nn.BatchNorm2d(c // 2), nn.ReLU()]
             c //= 2
         layers += [nn.ConvTranspose2d(c, channels, 4, stride=2, padding=1), nn.Tanh()]
         self.net = nn.Sequential(*layers).apply(init_weights)
@@ -81,10 +79,9 @@ class Discriminator(nn.Module):
         layers = [nn.Conv2d(channels, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         while c < width * image_size // 8:
             layers += [nn.Conv2d(c, c * 2, 4, stride=2, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(num_features=c * 2), nn.LeakyReLU(0.2)]
+            layers += [nn.BatchNorm2d(c * 2), nn.LeakyReLU(0.2)]
             c *= 2
-        layers += [nn.Conv2d(c, 1, 4)]
-        self.net = nn.Sequential(*layers).apply(init_weights)
+        self.net = nn.Sequential(*layers, nn.Conv2d(c, 1, 4)).apply(init_weights)
 
     def forward(self, x):
         return self.net(x).flatten()
@@ -119,13 +116,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     data = common.load_data(args)
-    channels = data.images.shape[1]
 
-    G = Generator(args.z_dim, args.width, channels, args.image_size).to(device)
-    D = Discriminator(args.width, channels, args.image_size).to(device)
-    betas = (args.beta1, args.beta2)
-    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True, capturable=args.cuda_graph)
-    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True, capturable=args.cuda_graph)
+    G = Generator(args.z_dim, args.width, data.channels, args.image_size).to(device)
+    D = Discriminator(args.width, data.channels, args.image_size).to(device)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
     fixed_z = torch.randn(64, args.z_dim, device=device)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
@@ -163,8 +158,7 @@ def main(argv=None):
         common.save_checkpoint(args, step, state)
 
     if args.generate:
-        common.generate(args, state, lambda i: sample(torch.randn(len(i), args.z_dim, device=device)))
-        return
+        return common.generate(args, state, lambda n: sample(torch.randn(n, args.z_dim, device=device)))
     first = common.open_run(args, state)
     save(first)
     d_step, g_step = common.cuda_graphs(args, d_step, g_step)

@@ -20,7 +20,6 @@ fakes.
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 import common
-
 import torch
 from torch import nn
 
@@ -125,13 +124,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     data = common.load_data(args)
-    channels = data.images.shape[1]
 
-    G = Generator(args.z_dim, args.width, channels, args.image_size).to(device)
-    D = Discriminator(args.width, channels, args.image_size).to(device)
-    betas = (args.beta1, args.beta2)
-    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True, capturable=args.cuda_graph)
-    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True, capturable=args.cuda_graph)
+    G = Generator(args.z_dim, args.width, data.channels, args.image_size).to(device)
+    D = Discriminator(args.width, data.channels, args.image_size).to(device)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
     fixed_z = torch.randn(64, args.z_dim, device=device)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
@@ -169,8 +166,7 @@ def main(argv=None):
         common.save_checkpoint(args, step, state)
 
     if args.generate:
-        common.generate(args, state, lambda i: sample(torch.randn(len(i), args.z_dim, device=device)))
-        return
+        return common.generate(args, state, lambda n: sample(torch.randn(n, args.z_dim, device=device)))
     first = common.open_run(args, state)
     save(first)
     d_step, g_step = common.cuda_graphs(args, d_step, g_step)

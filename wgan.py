@@ -5,8 +5,7 @@ Arjovsky, Chintala, Bottou 2017, Wasserstein GAN. https://arxiv.org/abs/1701.078
     D:  max  E[D(x)] - E[D(G(z))]    over D with all parameters in [-clip, clip]
     G:  min  -E[D(G(z))]
 
-Differs from dcgan.py in: both losses, RMSprop, clipping after each of five D updates per G update, and the
-defaults that go with them.
+Differs from dcgan.py in: both losses, RMSprop, clipping after each of five D updates per G update, defaults.
 
 Follows Algorithm 1 of the paper where the authors' code (github.com/martinarjovsky/WassersteinGAN) differs:
 that clips before each update of D, so that G learns from a D that is not clipped, and gives D 100 updates
@@ -19,7 +18,6 @@ instead of 5 in the first 25 steps and in every 500th; its convolutions have no 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 import common
-
 import torch
 from torch import nn
 
@@ -48,10 +46,8 @@ def parse_args(argv=None):
     p.add_argument("--tensorboard", action="store_true", help="also log there, into --out-dir")
     p.add_argument("--cuda-graph", action="store_true", help="on CUDA: replay both steps as graphs")
     args = common.parse_args(p, argv, __file__)
-    if not (args.clip > 0 and 0 <= args.momentum < 1 and 0 <= args.alpha < 1):
-        p.error(
-            f"--clip {args.clip} must be > 0, --momentum {args.momentum} and --alpha {args.alpha} in [0, 1)"
-        )
+    if args.clip <= 0:
+        p.error(f"--clip is {args.clip}: it must be above 0")
     return args
 
 
@@ -64,11 +60,10 @@ class Generator(nn.Module):
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
         c = width * image_size // 8  # at 4x4; halved by every stage, and `width` before the last
-        layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False)]
-        layers += [nn.BatchNorm2d(num_features=c), nn.ReLU()]
+        layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
         while c > width:
             layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(num_features=c // 2), nn.ReLU()]
+            layers += [nn.BatchNorm2d(c // 2), nn.ReLU()]
             c //= 2
         layers += [nn.ConvTranspose2d(c, channels, 4, stride=2, padding=1), nn.Tanh()]
         self.net = nn.Sequential(*layers).apply(init_weights)
@@ -86,10 +81,9 @@ class Discriminator(nn.Module):
         layers = [nn.Conv2d(channels, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         while c < width * image_size // 8:
             layers += [nn.Conv2d(c, c * 2, 4, stride=2, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(num_features=c * 2), nn.LeakyReLU(0.2)]
+            layers += [nn.BatchNorm2d(c * 2), nn.LeakyReLU(0.2)]
             c *= 2
-        layers += [nn.Conv2d(c, 1, 4)]
-        self.net = nn.Sequential(*layers).apply(init_weights)
+        self.net = nn.Sequential(*layers, nn.Conv2d(c, 1, 4)).apply(init_weights)
 
     def forward(self, x):
         return self.net(x).flatten()
@@ -125,16 +119,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     data = common.load_data(args)
-    channels = data.images.shape[1]
 
-    G = Generator(args.z_dim, args.width, channels, args.image_size).to(device)
-    D = Discriminator(args.width, channels, args.image_size).to(device)
-    opt_G = torch.optim.RMSprop(
-        G.parameters(), lr=args.lr, momentum=args.momentum, alpha=args.alpha, capturable=args.cuda_graph
-    )
-    opt_D = torch.optim.RMSprop(
-        D.parameters(), lr=args.lr, momentum=args.momentum, alpha=args.alpha, capturable=args.cuda_graph
-    )
+    G = Generator(args.z_dim, args.width, data.channels, args.image_size).to(device)
+    D = Discriminator(args.width, data.channels, args.image_size).to(device)
+    opt_G = torch.optim.RMSprop(G.parameters(), lr=args.lr, momentum=args.momentum, alpha=args.alpha)
+    opt_D = torch.optim.RMSprop(D.parameters(), lr=args.lr, momentum=args.momentum, alpha=args.alpha)
     fixed_z = torch.randn(64, args.z_dim, device=device)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
@@ -148,9 +137,8 @@ def main(argv=None):
         opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
-        with torch.no_grad():
-            for w in D.parameters():
-                w.clamp_(-args.clip, args.clip)
+        for w in D.parameters():
+            w.detach().clamp_(-args.clip, args.clip)
         return loss_D, d_real.mean(), d_fake.mean()
 
     def g_step():
@@ -175,8 +163,7 @@ def main(argv=None):
         common.save_checkpoint(args, step, state)
 
     if args.generate:
-        common.generate(args, state, lambda i: sample(torch.randn(len(i), args.z_dim, device=device)))
-        return
+        return common.generate(args, state, lambda n: sample(torch.randn(n, args.z_dim, device=device)))
     first = common.open_run(args, state)
     save(first)
     d_step, g_step = common.cuda_graphs(args, d_step, g_step)

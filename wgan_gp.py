@@ -5,13 +5,11 @@ Gulrajani et al. 2017, Improved Training of Wasserstein GANs. https://arxiv.org/
     D:  min  E[D(G(z))] - E[D(x)] + gp_weight E[(||grad D(x_hat)||_2 - 1)^2],  x_hat = eps x + (1 - eps) G(z)
     G:  min  -E[D(G(z))]
 
-Differs from wgan.py in: the penalty where the clipping was, no batch norm in D (it would tie the samples of a
-batch together, and the penalty is on each one's gradient), He's initialisation of D, and Adam.
+Differs from wgan.py in: the penalty where the clipping was, D without batch norm, He's initialisation, Adam.
 
-Adam's betas (0.5, 0.9) are those of the authors' gan_cifar.py (github.com/igul222/improved_wgan_training);
-Algorithm 1 of the paper has (0, 0.9). Deviations from that code: dcgan.py's 4x4 kernels and width 64, where
-it has 5x5 and 128 (and says that 64 is better); z of 100 dimensions, not 128; N(0, 0.02) in G and He's normal
-in D, where its convolutions have the variance 4 / (fan_in + fan_out). Not the paper's ResNet.
+Adam's betas are those of the authors' gan_cifar.py (github.com/igul222/improved_wgan_training), not (0, 0.9)
+as in Algorithm 1. It has 5x5 kernels, width 128 (and says that 64 is better), z of 128 dimensions, batch norm
+per unit after G's dense layer, and weights of variance 4 / (fan_in + fan_out). Not the paper's ResNet.
 
     python wgan_gp.py --width 16 --lr 1e-3 --steps 2500
 """
@@ -19,7 +17,6 @@ in D, where its convolutions have the variance 4 / (fan_in + fan_out). Not the p
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 import common
-
 import torch
 from torch import nn
 
@@ -62,11 +59,10 @@ class Generator(nn.Module):
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
         c = width * image_size // 8  # at 4x4; halved by every stage, and `width` before the last
-        layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False)]
-        layers += [nn.BatchNorm2d(num_features=c), nn.ReLU()]
+        layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
         while c > width:
             layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(num_features=c // 2), nn.ReLU()]
+            layers += [nn.BatchNorm2d(c // 2), nn.ReLU()]
             c //= 2
         layers += [nn.ConvTranspose2d(c, channels, 4, stride=2, padding=1), nn.Tanh()]
         self.net = nn.Sequential(*layers).apply(init_weights)
@@ -85,8 +81,7 @@ class Discriminator(nn.Module):
         while c < width * image_size // 8:
             layers += [nn.Conv2d(c, c * 2, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
             c *= 2
-        layers += [nn.Conv2d(c, 1, 4)]
-        self.net = nn.Sequential(*layers)
+        self.net = nn.Sequential(*layers, nn.Conv2d(c, 1, 4))
         for conv in self.net[::2]:  # without batch norm, N(0, 0.02) would take the signal away layer by layer
             nn.init.kaiming_normal_(conv.weight, 0.2)  # He et al. 2015, eq. 15
             nn.init.zeros_(conv.bias)
@@ -107,8 +102,7 @@ def init_weights(m):
 
 
 def d_loss(d_real, d_fake):
-    """E[D(G(z))] - E[D(x)], from scores (N,): minus an estimate of the distance.
-    Arjovsky et al. 2017, Algorithm 1."""
+    """E[D(G(z))] - E[D(x)], from scores (N,): minus the estimated distance. Arjovsky et al., Algorithm 1."""
     return d_fake.mean() - d_real.mean()
 
 
@@ -119,10 +113,9 @@ def g_loss(d_fake):
 
 def gradient_penalty(D, x_real, x_fake):
     """E[(||grad D(x_hat)||_2 - 1)^2] at x_hat = eps x_real + (1 - eps) x_fake, eps ~ U(0, 1) for each image
-    (N, C, S, S): Gulrajani et al. 2017, eq. 3. Differentiable with respect to D's weights."""
+    (N, C, S, S): Gulrajani et al. 2017, eq. 3. Without batch norm the sum's gradient is each image's own."""
     eps = torch.rand(len(x_real), 1, 1, 1, device=x_real.device)
     x_hat = (eps * x_real + (1 - eps) * x_fake).requires_grad_()
-    # The sum's gradient at x_hat[i] is that of D(x_hat[i]) alone: no norm layer ties the samples together.
     (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
     return ((grad.flatten(1).norm(dim=1) - 1) ** 2).mean()
 
@@ -135,13 +128,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     data = common.load_data(args)
-    channels = data.images.shape[1]
 
-    G = Generator(args.z_dim, args.width, channels, args.image_size).to(device)
-    D = Discriminator(args.width, channels, args.image_size).to(device)
-    betas = (args.beta1, args.beta2)
-    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True, capturable=args.cuda_graph)
-    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True, capturable=args.cuda_graph)
+    G = Generator(args.z_dim, args.width, data.channels, args.image_size).to(device)
+    D = Discriminator(args.width, data.channels, args.image_size).to(device)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
     fixed_z = torch.randn(64, args.z_dim, device=device)
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
 
@@ -179,8 +170,7 @@ def main(argv=None):
         common.save_checkpoint(args, step, state)
 
     if args.generate:
-        common.generate(args, state, lambda i: sample(torch.randn(len(i), args.z_dim, device=device)))
-        return
+        return common.generate(args, state, lambda n: sample(torch.randn(n, args.z_dim, device=device)))
     first = common.open_run(args, state)
     save(first)
     d_step, g_step = common.cuda_graphs(args, d_step, g_step)

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import common
-
 import numpy as np
 import pytest
 import torch

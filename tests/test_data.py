@@ -6,7 +6,6 @@ import threading
 from types import SimpleNamespace
 
 import common
-
 import numpy as np
 import pytest
 import torch
@@ -16,10 +15,10 @@ from PIL import Image
 
 def load(dataset, data_dir, image_size=32, seed=0, **more):
     args = {"dataset": str(dataset), "data_dir": str(data_dir), "image_size": image_size, "seed": seed}
-    args = SimpleNamespace(**args, device="cpu", generate=None, run=SimpleNamespace(), batch_size=4)
+    args = SimpleNamespace(**args, device="cpu", generate=None, run=SimpleNamespace(data=None))
     args.__dict__.update(more)
     data = common.load_data(args)
-    data.about = args.run.data
+    data.classes, data.fingerprint = args.run.data["classes"], args.run.data["fingerprint"]
     return data
 
 
@@ -199,15 +198,15 @@ def test_a_folder_whose_name_is_not_utf_8(tmp_path, capsys):
 def test_the_fingerprint_is_of_every_pixel_and_label(tmp_path):
     folder = picture_folder(tmp_path / "a", (0, 1), classes=True)
     same = picture_folder(tmp_path / "b", (0, 1), classes=True)
-    first = load(folder, tmp_path / "data", 16).about
-    assert load(same, tmp_path / "data", 16).about == first
+    first = load(folder, tmp_path / "data", 16).fingerprint
+    assert load(same, tmp_path / "data", 16).fingerprint == first
     image = picture(1).copy()
     image[5, 5, 1] += 1
     Image.fromarray(image).save(same / "class1" / "picture.png")
-    assert load(same, tmp_path / "data", 16).about["fingerprint"] != first["fingerprint"]
+    assert load(same, tmp_path / "data", 16).fingerprint != first
     (same / "class1" / "picture.png").unlink()
     Image.fromarray(picture(1)).save(same / "class0" / "second.png")
-    assert load(same, tmp_path / "data", 16).about["fingerprint"] != first["fingerprint"]
+    assert load(same, tmp_path / "data", 16).fingerprint != first
 
 
 def test_folder_is_decoded_once(tmp_path, monkeypatch):
@@ -337,22 +336,21 @@ def test_a_download_that_breaks_leaves_nothing(tmp_path, monkeypatch):
         os.makedirs(os.path.join(root, "MNIST", "raw"))
         raise OSError("no route to host")
 
-    monkeypatch.setitem(common._TORCHVISION, "mnist", (breaks, "MNIST"))
+    monkeypatch.setattr(common.torchvision.datasets, "MNIST", breaks)
     with pytest.raises(SystemExit) as stop:
         load("mnist", tmp_path / "data")
-    assert "no route to host" in stop.value.code
-    assert "--data-dir" in stop.value.code and "--dataset digits" in stop.value.code
+    assert "no route to host" in stop.value.code and "--dataset digits" in stop.value.code
     assert not (tmp_path / "data" / "MNIST").exists()
 
 
 def test_a_download_is_kept(tmp_path, monkeypatch):
-    dataset_class = common._TORCHVISION["mnist"][0]
+    dataset_class = common.torchvision.datasets.MNIST
 
     def downloads(root, train, download=False):
         if download:
             write_mnist(root)
         return dataset_class(root, train=train)
 
-    monkeypatch.setitem(common._TORCHVISION, "mnist", (downloads, "MNIST"))
+    monkeypatch.setattr(common.torchvision.datasets, "MNIST", downloads)
     assert len(load("mnist", tmp_path / "data").images) == 20
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["MNIST"]

@@ -4,7 +4,6 @@ import json
 import math
 
 import common
-
 import pytest
 import quality
 import torch
