@@ -137,10 +137,11 @@ def networks(name, channels=3, image_size=16, width=8, z_dim=6, seed=0):
     """A script's own G and D as functions of (z,) and (x,): in cgan the labels are 0, 1, 2, 0, 1, ..."""
     torch.manual_seed(seed)
     module = SCRIPTS[name]
+    n_classes = [3] if name == "cgan" else []
+    G = module.Generator(z_dim, width, channels, image_size, *n_classes)
+    D = module.Discriminator(width, channels, image_size, *n_classes)
     if name != "cgan":
-        return module.Generator(z_dim, width, channels, image_size), module.Discriminator(
-            width, channels, image_size
-        )
+        return G, D
 
     class Labelled(torch.nn.Module):
         def __init__(self, net):
@@ -150,8 +151,7 @@ def networks(name, channels=3, image_size=16, width=8, z_dim=6, seed=0):
         def forward(self, x):
             return self.net(x, torch.arange(len(x), device=x.device) % 3)
 
-    G = module.Generator(z_dim, width, channels, image_size, 3)
-    return Labelled(G), Labelled(module.Discriminator(width, channels, image_size, 3))
+    return Labelled(G), Labelled(D)
 
 
 def snapshot(module):

@@ -1,7 +1,6 @@
 """Scores images made by `--generate` against a real dataset, in the features of a small classifier.
 
     python tests/quality.py mnist runs/dcgan-mnist/generated
-    python tests/quality.py mnist --run dcgan --width 32 --steps 3000     (trains, draws 10,000, scores)
 
 The classifier is trained here, once, on the dataset's training images at 32 px, and kept under
 `--cache-dir`. Its features are not Inception's: the numbers compare runs with each other and with the
@@ -10,7 +9,6 @@ floor, which is the same score of real training against real test images, and no
 
 import argparse
 import hashlib
-import importlib
 import json
 import re
 import sys
@@ -24,8 +22,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
-
-NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 
 # --------------------------------------------------------------------------------------------- metrics
 
@@ -175,32 +171,14 @@ def read_folder(folder):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # lsgan's --c is not short for --cache-dir
-    )
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dataset", choices=["mnist", "fashion-mnist", "cifar10", "digits"])
-    p.add_argument("folder", nargs="?", help="of images made by --generate")
+    p.add_argument("folder", help="of images made by --generate")
     p.add_argument("--data-dir", default="data")
     p.add_argument("--cache-dir", default="data/quality", help="where the classifier is kept")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--images", type=int, default=10_000, help="to generate after --run")
     p.add_argument("--classifier-steps", type=int, default=1500)
-    p.add_argument(
-        "--run", nargs=argparse.REMAINDER, metavar="SCRIPT", help="last: train SCRIPT first, with its flags"
-    )
     args = p.parse_args(argv)
-    if bool(args.run) == bool(args.folder) or (args.run and args.run[0] not in NAMES):
-        p.error(f"name either a folder or --run SCRIPT with its flags, SCRIPT one of {', '.join(NAMES)}")
-    if args.run:
-        script, flags = importlib.import_module(args.run[0]), args.run[1:]
-        run = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--device", args.device, *flags]
-        script.main(run)
-        out_dir = script.parse_args([*run, "--resume"]).out_dir
-        script.main(["--out-dir", out_dir, "--device", args.device, "--generate", str(args.images)])
-        args.folder = Path(out_dir, "generated")
-
     net = trained_classifier(args.dataset, args.data_dir, args.cache_dir, args.device, args.classifier_steps)
     fake, labels = read_folder(args.folder)
     train, _ = real_images(args.dataset, args.data_dir, "train")

@@ -1,8 +1,8 @@
 """The loaders on small files in the real formats, and minibatches."""
 
 import os
-import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import common
@@ -71,11 +71,9 @@ def test_digits(size):
     assert 0.05 < ink < 0.4
     edge = torch.cat([images[..., 0], images[..., -1], images[..., 0, :], images[..., -1, :]])
     assert (edge > 128).float().mean() < 0.01, "digits stay inside"
-
-
-def test_all_digits_at_the_default_size():
-    data = load("digits", "unused", seed=3)
-    assert data.images.shape == (20_000, 1, 32, 32) and data.classes == list("0123456789")
+    if size == 32:
+        data = load("digits", "unused", seed=3)
+        assert data.images.shape == (20_000, 1, 32, 32) and data.classes == list("0123456789")
 
 
 def save(path, image, **more):
@@ -112,14 +110,10 @@ def test_grey_stays_grey(tmp_path):
     assert data.images.shape == (4, 1, 16, 16)
     assert all(np.abs(image[0].astype(int) - ramp).max() <= 1 for image in data.images.numpy())
     save(folder / "colour.png", Image.fromarray(picture(0)))
+    save(folder / "dark.png", Image.fromarray(np.full((16, 16), 250, np.uint16)))  # of 65,535
     data = load(folder, tmp_path / "data", 16)
-    assert data.images.shape == (5, 3, 16, 16)
+    assert data.images.shape == (6, 3, 16, 16) and data.images[4].max() <= 1
     assert (data.images[0, 0] == data.images[0, 2]).all(), "grey among colours has three equal channels"
-
-
-def test_a_dark_16_bit_image_is_dark(tmp_path):
-    save(tmp_path / "grey" / "dark.png", Image.fromarray(np.full((16, 16), 250, np.uint16)))
-    assert load(tmp_path / "grey", tmp_path / "data", 16).images.max() <= 1
 
 
 def test_transparency_is_white_and_orientation_is_applied(tmp_path):
@@ -234,28 +228,15 @@ def test_folder_is_decoded_once(tmp_path, monkeypatch):
 
 
 def test_two_runs_decode_at_once(tmp_path):
-    folder = picture_folder(tmp_path / "pictures", (0, 1))
-    results, barrier = [], threading.Barrier(4)
+    folder, barrier = picture_folder(tmp_path / "pictures", (0, 1)), threading.Barrier(4)
 
-    def start():
+    def start(_):
         barrier.wait()
-        results.append(load(folder, tmp_path / "data", 16).images.clone())
+        return load(folder, tmp_path / "data", 16).images.clone()
 
-    threads = [threading.Thread(target=start) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    results = list(ThreadPoolExecutor(4).map(start, range(4)))
     assert len(results) == 4 and all(torch.equal(r, results[0]) for r in results)
     assert len(list((tmp_path / "data" / "folders").glob("*.pt*"))) == 1
-
-
-def test_decoded_images_outlive_their_folder(tmp_path):
-    folder = picture_folder(tmp_path / "pictures")
-    load(folder, tmp_path / "data", 16)
-    data = load(folder, tmp_path / "data", 16)  # mapped from the cache
-    shutil.rmtree(folder)
-    assert data.images.sum() > 0
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", None])
@@ -275,9 +256,8 @@ def test_a_disk_too_full_for_the_decoded_images(tmp_path, monkeypatch):
         raise RuntimeError("unexpected pos 704 vs 598")  # what torch.save makes of it
 
     monkeypatch.setattr(torch, "save", no_space)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=r"cannot be written \(unexpected pos 704 vs 598\)"):
         load(picture_folder(tmp_path / "pictures"), tmp_path / "data", 16)
-    assert "cannot be written (unexpected pos 704 vs 598)" in stop.value.code
     assert [p.name for p in (tmp_path / "data" / "folders").iterdir()] == [".lock"]
 
 
@@ -337,9 +317,8 @@ def test_a_download_that_breaks_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(common.torchvision.datasets, "MNIST", breaks)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=r"--dataset digits, .*no route to host"):
         load("mnist", tmp_path / "data")
-    assert "no route to host" in stop.value.code and "--dataset digits" in stop.value.code
     assert not (tmp_path / "data" / "MNIST").exists()
 
 

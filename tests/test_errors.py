@@ -8,11 +8,9 @@ import sys
 import urllib.request
 
 import common
-import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, picture, picture_folder, write_cifar10, write_mnist
-from PIL import Image
+from helpers import ROOT, SCRIPTS, picture_folder, write_cifar10, write_mnist
 
 
 def good_run(tmp_path, name="dcgan"):
@@ -218,18 +216,6 @@ def test_variant_flags(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_no_permission(tmp_path, monkeypatch):
-    """Root may write anywhere, so it is told no here."""
-
-    def no(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    args = SCRIPTS["dcgan"].parse_args(["--dataset", "digits", "--out-dir", str(tmp_path / "run")])
-    monkeypatch.setattr(os, "mkdir", no)
-    with pytest.raises(SystemExit, match=r"run cannot be written \(\[Errno 13\] Permission denied"):
-        common.open_run(args, {})
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda(capsys, tmp_path):
     argv = good_run(tmp_path).split()
@@ -284,20 +270,3 @@ def test_help_shows_every_default(capsys):
     out = " ".join(capsys.readouterr().out.split())
     defaults = "64 5e-05 0.0 0.99 0.01 mnist data 32 20000 runs/{script}-{dataset}"
     assert all(f"(default: {default})" in out for default in defaults.split())
-
-
-def test_odd_files_beside_good_ones(tmp_path, capsys):
-    """16-bit, palette, CMYK, RGBA and animated files are read; empty files and text are skipped by name."""
-    folder = picture_folder(tmp_path / "pictures")
-    rgb = Image.fromarray(picture(0))
-    Image.fromarray(np.full((16, 16), 30_000, np.uint16)).save(folder / "sixteen.png")
-    rgb.quantize(8).save(folder / "palette.png")
-    rgb.convert("CMYK").save(folder / "cmyk.jpg")
-    rgb.convert("RGBA").save(folder / "rgba.png")
-    rgb.save(folder / "animated.gif", save_all=True, append_images=[rgb, rgb])
-    (folder / "zero.png").touch()
-    (folder / "text.png").write_text("text")
-    argv = f"--dataset {folder} --data-dir {tmp_path / 'data'} --out-dir {tmp_path / 'run'} --device cpu"
-    SCRIPTS["dcgan"].main([*argv.split(), "--image-size", "16", "--width", "8", "--steps", "1"])
-    err = capsys.readouterr().err
-    assert "2 unreadable, skipped: text.png, zero.png" in err and "Traceback" not in err

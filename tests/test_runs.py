@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,6 @@ import pytest
 import torch
 from helpers import NAMES, ROOT, SCRIPTS, open_script, picture_folder
 from PIL import Image
-from tqdm import tqdm
 
 SMALL = "--image-size 16 --width 8 --batch-size 4 --z-dim 6 --log-every 5 --save-every 5 --device cpu"
 
@@ -226,7 +226,7 @@ def test_second_ctrl_c_ends_at_once(train, monkeypatch):
 
     monkeypatch.setattr(module, "g_loss", hangs)
     child = in_child(lambda: train("dcgan", "run", "--steps", 20))
-    child.join(30)
+    child.join()
     assert child.exitcode == -signal.SIGINT
 
 
@@ -238,9 +238,10 @@ def test_kill_9_fifty_times(train, tmp_path, capfd):
     for _ in range(50):
         before = (run / "checkpoint.pt").stat().st_mtime_ns
         child = in_child(lambda: train("dcgan", "run", "--steps", 10**6, *every, "--resume"))
-        while (run / "checkpoint.pt").stat().st_mtime_ns == before and rng.random() < 0.99:
-            time.sleep(0.005)  # as far as a new checkpoint, or not quite
-        time.sleep(rng.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.3))
+        far = rng.random() < 0.7  # as far as a new checkpoint at least
+        while far and (run / "checkpoint.pt").stat().st_mtime_ns == before:
+            time.sleep(rng.uniform(0, 0.01))
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL, capfd.readouterr().err
@@ -249,7 +250,7 @@ def test_kill_9_fifty_times(train, tmp_path, capfd):
         for path in (run / "samples").glob("*.png"):
             Image.open(path).load()
         json.loads((run / "args.json").read_text())
-    assert step > 3, "the run got on in spite of it"
+    assert step > 20, "the run got on in spite of it"
     train("dcgan", "run", "--steps", step + 1, *every, "--resume")
     train("dcgan", "whole", "--steps", step + 1, *every)
     assert_same_run(run, tmp_path / "whole")
@@ -356,25 +357,23 @@ def images_in(folder):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_generate(name, train, tmp_path, monkeypatch):
+def test_generate(name, train, tmp_path):
     """Numbered images of the checkpoint's G, from its flags, with no dataset; the same for the same seed."""
     train(name, "run", "--steps", 10, "--lr", 0.01)  # enough to tell one z from another
     run, generated = tmp_path / "run", tmp_path / "run" / "generated"
     (tmp_path / "pictures").rename(tmp_path / "gone")
 
-    def generate(n, *flags):
-        with monkeypatch.context() as m:
-            m.setattr(common, "_load_folder", None)
-            SCRIPTS[name].main(["--generate", str(n), "--out-dir", str(run), "--device", "cpu", *flags])
+    def generate(flags):
+        SCRIPTS[name].main(f"--out-dir {run} --device cpu --generate {flags}".split())
         images = images_in(generated)
-        generated.rename(tmp_path / f"generated{len(list(tmp_path.iterdir()))}")
+        shutil.rmtree(generated)
         return images
 
-    images = generate(103)
+    images = generate("103")
     label = "_class{}" if name == "cgan" else ""
     assert list(images) == [f"{i:06d}{label.format(i % 2)}.png" for i in range(103)]
     assert all(x.shape == (16, 16, 3) for x in images.values())
-    again, other = generate(5), generate(5, "--seed", "1")
+    again, other = generate("5"), generate("5 --seed 1")
     assert all(np.array_equal(again[k], images[k]) for k in again)
     assert all(not np.array_equal(other[k], images[k]) for k in other)
     pairs = list(zip(images.values(), list(images.values())[100:], strict=False))
@@ -465,15 +464,6 @@ def test_drawing_grids_does_not_change_the_run(train, tmp_path):
 def test_g_is_in_training_mode_after_a_grid(tmp_path):
     run = open_script("dcgan", tmp_path)  # whose first grid is drawn by now
     assert all(m.training for m in run.G.modules())
-
-
-def test_the_progress_bar_may_be_switched_off(train, tmp_path, monkeypatch, capsys):
-    """As TQDM_DISABLE=1 does, which tqdm itself reads when it is imported."""
-    monkeypatch.setattr(common, "tqdm", lambda *a, **kw: tqdm(*a, **kw, disable=True))
-    monkeypatch.setattr(common.tqdm, "_instances", [], raising=False)
-    train("dcgan", "run", "--steps", 5)
-    assert "step/s" not in capsys.readouterr().err
-    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 2
 
 
 def test_tensorboard(train, tmp_path, monkeypatch):
