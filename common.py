@@ -39,8 +39,9 @@ def fail(message):
 
 
 def _printable(text):
-    """The text on one line: control characters and undecodable bytes, as in file names, are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return "".join(
+        c if c.isprintable() else ascii(c)[1:-1] for c in str(text)
+    )  # file names may hold anything
 
 
 def _one_line_excepthook(kind, error, trace):
@@ -142,17 +143,15 @@ def _claim(args, lock=True):
             args.run.lock.acquire(timeout=0)
         except filelock.Timeout:
             fail(f"another process is at work on {folder}: wait for it, or stop it")
-        except OSError as e:
-            fail(f"{folder} cannot be written ({e})")
 
 
 # ---------------------------------------------------------------------------------------------- data in
 
 
 def load_data(args, labelled=False):
-    """The dataset `args.dataset`: `images` uint8 (N, channels, S, S), on `args.device` where they fit in half
-    of its free memory; `labels` int64 (N,), below `n_classes` (0: none). With --generate only the
-    run's `channels` and `n_classes`. Fails where it is missing, damaged, empty, or lacks labels asked for."""
+    """`args.dataset`: `images` uint8 (N, channels, S, S), on `args.device` if half of its free memory holds them,
+    `labels` int64 (N,) below `n_classes` (0: none); with --generate only the run's `channels` and `n_classes`.
+    Fails where the data is missing, damaged or empty, or has no labels and must be `labelled`."""
     size, note, then = args.image_size, "", args.run.data
     if args.generate:
         return SimpleNamespace(channels=then["channels"], n_classes=len(then["classes"]))
@@ -195,7 +194,6 @@ def draw_digits(n, size, seed):
         ImageDraw.Draw(canvas).text(middle, digit, 255, font, "mm", stroke_width=round(bold * fine))
         glyphs.append(TF.pil_to_tensor(canvas.reduce(4)))  # drawn larger, so that thin strokes stay smooth
     pick, glyphs = torch.from_numpy(rng.integers(len(glyphs), size=n)), torch.stack(glyphs).float()
-
     low, high = [-0.17, -0.15, 1, -0.1, -0.1], [0.17, 0.15, 1.33, 0.1, 0.1]
     angle, shear, zoom, x, y = rng.uniform(low, high, (n, 5)).T
     cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
@@ -209,12 +207,11 @@ def draw_digits(n, size, seed):
 
 def load_torchvision(name, data_dir, train=True):
     """A torchvision dataset: uint8 (N, C, 32, 32), MNIST's 28 px zero-padded; labels (N,); class names.
-    Downloaded into `data_dir` where it is not; what is there is not written to. Fails where it is damaged."""
+    Downloaded into `data_dir` where it is not. Fails where it cannot be, or what is there is damaged."""
     dataset_class = getattr(torchvision.datasets, _TORCHVISION[name])
     folder = data_dir / getattr(dataset_class, "base_folder", _TORCHVISION[name])
-    missing = not folder.exists()
     try:
-        dataset = dataset_class(data_dir, train=train, download=missing)
+        dataset = dataset_class(data_dir, train=train, download=True)
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         if images.ndim == 3:
             images = torch.nn.functional.pad(images, (2, 2, 2, 2))[:, None]
@@ -224,16 +221,13 @@ def load_torchvision(name, data_dir, train=True):
             raise ValueError(f"images {tuple(images.shape)}, {len(labels)} labels up to {labels.max()}")
         return images, labels, list(dataset.classes)
     except Exception as e:  # torchvision's readers assert, index, unpickle and download: anything comes out
-        if missing:
-            shutil.rmtree(folder, ignore_errors=True)
-        problem = "could not be downloaded" if missing else "is incomplete or damaged: move it away"
-        fail(f"{folder} {problem}, or use --dataset digits, which needs none ({type(e).__name__}: {e})")
+        problem = f"is damaged, or missing and cannot be downloaded ({type(e).__name__}: {e})"
+        fail(f"{folder} {problem}: move it away, or use --dataset digits, which needs no download")
 
 
 def _load_folder(folder, data_dir, size, labelled):
-    """Images uint8 (N, C, size, size), labels (N,), class names, and a note of these and of what was left
-    out. The images lie flat or in one subfolder per class, whichever holds more. They are decoded into a file
-    under `data_dir/folders`, and anew when it is damaged or an image's name, size or time differs."""
+    """Images uint8 (N, C, size, size), labels (N,), class names, and a note of these and of what was left out.
+    Flat or in one subfolder per class, whichever holds more; decoded once, into a file under `data_dir`."""
     paths = {p.relative_to(folder).as_posix(): p for p in (*folder.glob("*"), *folder.glob("*/*"))}
     paths = {name: paths[name] for name in sorted(paths) if "/." not in f"/{name}"}  # no hidden ones
     endings = set(Image.registered_extensions())
@@ -325,9 +319,8 @@ def replacing(path, lock=False):
 
 
 def open_run(args, state):
-    """The step to go on from: 0 in a new run, or with --resume that of the checkpoint in `args.out_dir`, read
-    into `state`: names to modules, optimisers and tensors. Fails where it is damaged or another script's, or
-    the run was trained on other images."""
+    """The step to go on from: 0, or with --resume that of the checkpoint, read into `state`, names to modules,
+    optimisers and tensors. Fails where it is damaged, another script's, or the data is not the run's."""
     _claim(args)
     for part in state.values():
         for group in getattr(part, "param_groups", ()):  # an optimiser's
@@ -386,10 +379,10 @@ def _read_checkpoint(args, state):
         for name, part in state.items():
             (part.copy_ if isinstance(part, torch.Tensor) else part.load_state_dict)(then[name])
         return saved
-    except FileNotFoundError:
-        fail(f"{args.out_dir} holds no checkpoint: name a run's folder with --out-dir, or train one first")
     except Exception:  # torn files, foreign pickles and edited dictionaries raise many things
-        fail(f"{path} is damaged, or no checkpoint of this {args.run.script}.py; nothing was changed")
+        fail(
+            f"{path} is missing or damaged, or no checkpoint of this {args.run.script}.py; nothing was changed"
+        )
 
 
 def save_checkpoint(args, step, state):
@@ -400,9 +393,8 @@ def save_checkpoint(args, step, state):
         fail(f"the weights are not finite at step {step}; the checkpoint is from before; try a lower --lr")
     with replacing(Path(args.out_dir, "checkpoint.pt")) as f:
         torch.save(saved, f)
-    about = {**saved["args"], **saved["data"], "step": step, "torch": torch.__version__}
     with replacing(Path(args.out_dir, "args.json")) as f:
-        f.write(json.dumps(about, indent=1).encode())
+        f.write(json.dumps({**saved["args"], **saved["data"], "torch": torch.__version__}, indent=1).encode())
 
 
 def save_grid(args, step, images, columns=8):
@@ -460,23 +452,22 @@ def steps(args, first):
     for s, handler in handlers.items():
         signal.signal(s, handler if handler == signal.SIG_IGN else on_signal)  # nohup ignores one
     args.run.started = time.monotonic() - args.run.seconds
-    pace = 0.2 if sys.stderr.isatty() else 30
-    todo, total = range(first + 1, args.steps + 1), args.steps
-    bar = tqdm(todo, args.run.script, total, initial=first, unit="step", smoothing=0.05, mininterval=pace)
+    bar = tqdm(range(first + 1, args.steps + 1), None, args.steps, initial=first, unit="step", mininterval=1)
     try:
         for step in bar:
-            last = came[:1]
-            save_due = step % args.save_every == 0 or step == args.steps or bool(last)
+            stop = bool(came)
+            save_due = stop or step == args.steps or step % args.save_every == 0
             yield step, save_due or step % args.log_every == 0, save_due
             bar.set_postfix(args.run.shown, refresh=False)
-            if last:
-                bar.close()
-                print(f"saved at step {step}: {args.run.command} continues", file=sys.stderr)
-                sys.exit(128 + last[0])
+            if stop:
+                break
     finally:
         bar.close()
         for s, handler in handlers.items():
             signal.signal(s, handler)
+    if came:
+        print(f"saved at step {step}: {args.run.command} continues", file=sys.stderr)
+        sys.exit(128 + came[0])
     print(f"{args.out_dir}/samples/{max(first, args.steps):06d}.png")
 
 
@@ -492,12 +483,11 @@ def log(args, step, **values):
     row = [str(step), f"{args.run.seconds:.2f}", *(f"{v:.5g}" for v in numbers.values())]
     row = header + ",".join(row) + "\n"
     args.run.log += row
-    path = Path(args.out_dir, "log.csv")
     try:
-        with open(path, "a") as f:
+        with open(Path(args.out_dir, "log.csv"), "a") as f:
             f.write(row)
     except OSError as e:
-        fail(f"{path} cannot be written ({e})")
+        fail(f"{args.out_dir}/log.csv cannot be written ({e})")
     if args.run.board:
         for name, value in numbers.items():
             args.run.board.add_scalar(name, value, step)

@@ -309,27 +309,3 @@ def test_images_that_do_not_fit_on_the_device_stay_where_they_are(tmp_path, monk
     for _ in range(5):
         (x, y), (x_far, y_far) = next(a), next(b)
         assert torch.equal(x, x_far) and torch.equal(y, y_far) and x_far.device.type == "cuda"
-
-
-def test_a_download_that_breaks_leaves_nothing(tmp_path, monkeypatch):
-    def breaks(root, train, download=False):
-        os.makedirs(os.path.join(root, "MNIST", "raw"))
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(common.torchvision.datasets, "MNIST", breaks)
-    with pytest.raises(SystemExit, match=r"--dataset digits, .*no route to host"):
-        load("mnist", tmp_path / "data")
-    assert not (tmp_path / "data" / "MNIST").exists()
-
-
-def test_a_download_is_kept(tmp_path, monkeypatch):
-    dataset_class = common.torchvision.datasets.MNIST
-
-    def downloads(root, train, download=False):
-        if download:
-            write_mnist(root)
-        return dataset_class(root, train=train)
-
-    monkeypatch.setattr(common.torchvision.datasets, "MNIST", downloads)
-    assert len(load("mnist", tmp_path / "data").images) == 20
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["MNIST"]

@@ -59,13 +59,13 @@ USAGE = {
     "--tensorboard": "pip install tensorboard",
 }
 WORLD = {  # exit code 1
-    **{f"--dataset digits --out-dir {{t}}/{x}": f"{x} cannot be written" for x in ("file", "file/x", "loop")},
-    **dict.fromkeys(["--resume --out-dir {t}/x", "--generate 3 --out-dir {t}/x"], "x holds no checkpoint"),
+    **{f"--dataset digits --out-dir {{t}}/{x}": f"{x}'" for x in ("file", "file/x", "loop")},
+    **dict.fromkeys(["--resume --out-dir {t}/x", "--generate 3 --out-dir {t}/x"], "x/checkpoint.pt is missing"),
     **dict.fromkeys(["--dataset {t}/empty", "--dataset {t}/texts"], "holds no images"),
-    **{f"--data-dir {{t}}/{x}": "incomplete or damaged" for x in ("cut", "half", "wrong", "labels", "no")},
-    "--data-dir {t}/none": "could not be downloaded, or use --dataset digits",
+    **{f"--data-dir {{t}}/{x}": "is damaged, or missing" for x in ("cut", "half", "wrong", "labels", "no")},
+    "--data-dir {t}/none": "cannot be downloaded",
     "--data-dir {t}/label200": "labels up to 200",
-    "--dataset cifar10 --data-dir {t}/cifar": "incomplete or damaged",
+    "--dataset cifar10 --data-dir {t}/cifar": "is damaged, or missing",
     "--dataset {t}/broken": "holds 3 image files, of which none can be read",
     "--dataset {t}/pictures --data-dir {t}/file": "cannot be written",
 }  # fmt: skip
@@ -77,8 +77,8 @@ def test_bad_arguments_and_data(flags, tmp_path, capsys, monkeypatch):
     picture_folder(t / "pictures")
     (t / "file").write_text("content")
     (t / "loop").symlink_to(t / "loop")
-    for folder in ("empty", "texts", "broken", "no", "none"):
-        (t / folder).mkdir()
+    for folder in ("empty", "texts", "broken", "no", "none/MNIST/raw"):
+        (t / folder).mkdir(parents=True)
     for path in ("texts/notes.txt", "broken/text.jpg", "no/MNIST"):
         (t / path).write_text("text")
     (t / "broken" / "zero.png").touch()
@@ -98,12 +98,15 @@ def test_bad_arguments_and_data(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(t)
     before = tree(t)
     argv = ["--steps", "1", "--width", "4", *flags.format(t=t).split(" ")]  # should one be missed
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises((SystemExit, OSError)) as stop:
         SCRIPTS["dcgan"].main(argv if "--device" in flags else [*argv, "--device", "cpu"])
+    if isinstance(stop.value, OSError):
+        common._one_line_excepthook(OSError, stop.value, None)
     err = capsys.readouterr().err
-    if isinstance(stop.value.code, str):  # Python prints it and exits with 1
-        err, stop.value.code = err + stop.value.code + "\n", 1
-    assert stop.value.code == (2 if flags in USAGE else 1)
+    code = getattr(stop.value, "code", 1)
+    if isinstance(code, str):  # Python prints it and exits with 1
+        err, code = err + code + "\n", 1
+    assert code == (2 if flags in USAGE else 1)
     assert {**USAGE, **WORLD}[flags] in err
     said = ("images of", "image/s")  # what was loaded, and how fast, may come first
     lines = [line for line in err.splitlines() if line and not any(word in line for word in said)]
@@ -164,7 +167,7 @@ def test_bad_checkpoints(how, flags, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         SCRIPTS["dcgan"].main([*argv.split(), *flags.split()])
-    assert f"{path} is damaged, or no checkpoint of this dcgan.py" in stop.value.code
+    assert f"{path} is missing or damaged, or no checkpoint of this dcgan.py" in stop.value.code
     assert "\n" not in stop.value.code and "weights_only" not in stop.value.code
     assert tree(tmp_path) == before
 

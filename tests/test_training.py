@@ -206,7 +206,7 @@ def test_run(name, device, tmp_path):
     assert {p.name for p in (out / "samples").iterdir()} == grids
     assert {p.name for p in out.iterdir()} == {*("samples", "log.csv", "checkpoint.pt", "args.json", ".lock")}
     saved = json.loads((out / "args.json").read_text())
-    assert (saved["width"], saved["batch_size"], saved["step"]) == (8, 4, 6)
+    assert (saved["width"], saved["batch_size"], saved["images"]) == (8, 4, 2)
     columns = 2 if name == "cgan" else 8  # of 32 px and a border, enlarged to at least 512
     assert Image.open(out / "samples" / "000006.png").size == (2 * (columns * 34 + 2), 2 * (8 * 34 + 2))
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 6
