@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,9 +39,7 @@ def fail(message):
 
 
 def _printable(text):
-    return "".join(
-        c if c.isprintable() else ascii(c)[1:-1] for c in str(text)
-    )  # file names may hold anything
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))  # file names hold anything
 
 
 def _one_line_excepthook(kind, error, trace):
@@ -110,8 +108,9 @@ def parse_args(parser, argv, script):
         args = parser.parse_args(argv, SimpleNamespace(run=run))
         free = _MAY_CHANGE | ({"seed"} if args.generate else set())
         for name, value in then.items():
-            ok = name in free or getattr(args, name) == value
-            check(name, ok, f"{value}, as in the run, or left out: {args.run.command}")
+            check(
+                name, name in free or getattr(args, name) == value, f"{value}, as in the run: {run.command}"
+            )
 
     for name, value in vars(args).items():
         least = {"seed": 0, "label": 0, "batch_size": 2}.get(name, 1)
@@ -149,8 +148,8 @@ def _claim(args, lock=True):
 
 
 def load_data(args, labelled=False):
-    """`args.dataset`: `images` uint8 (N, channels, S, S), on `args.device` if half of its free memory holds them,
-    `labels` int64 (N,) below `n_classes` (0: none); with --generate only the run's `channels` and `n_classes`.
+    """`args.dataset`: `images` uint8 (N, channels, S, S), on `args.device` if half of its free memory holds
+    them; `labels` int64 (N,) below `n_classes` (0: none); with --generate only `channels` and `n_classes`.
     Fails where the data is missing, damaged or empty, or has no labels and must be `labelled`."""
     size, note, then = args.image_size, "", args.run.data
     if args.generate:
@@ -226,7 +225,7 @@ def load_torchvision(name, data_dir, train=True):
 
 
 def _load_folder(folder, data_dir, size, labelled):
-    """Images uint8 (N, C, size, size), labels (N,), class names, and a note of these and of what was left out.
+    """Images uint8 (N, C, size, size), labels (N,), class names, and a note of these and what was left out.
     Flat or in one subfolder per class, whichever holds more; decoded once, into a file under `data_dir`."""
     paths = {p.relative_to(folder).as_posix(): p for p in (*folder.glob("*"), *folder.glob("*/*"))}
     paths = {name: paths[name] for name in sorted(paths) if "/." not in f"/{name}"}  # no hidden ones
@@ -248,7 +247,6 @@ def _load_folder(folder, data_dir, size, labelled):
             fail(f"{folder} holds {len(names)} image files, of which none can be read")
         with replacing(cache, lock=True) as f:
             torch.save({key: (images, readable)}, f)
-
     skipped = [name for name, ok in zip(names, readable, strict=True) if not ok]
     parents = [name.rpartition("/")[0] for name, ok in zip(names, readable, strict=True) if ok]
     classes = sorted(set(parents) - {""})
@@ -268,11 +266,8 @@ def _decode(paths, size):
         images[k] = 0 if image is None else torch.from_numpy(image)
         return image is not None
 
-    pool = ThreadPoolExecutor(os.cpu_count())  # threads do: Pillow works without the interpreter's lock
-    try:
-        readable = list(tqdm(pool.map(decode, range(len(paths))), "decoding", len(paths), unit="image"))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C: not first the other 50,000
+    with ThreadPool() as pool:  # threads do: Pillow works without the interpreter's lock
+        readable = list(tqdm(pool.imap(decode, range(len(paths))), "decoding", len(paths), unit="image"))
     images = images if all(readable) else images[torch.tensor(readable)]
     grey = all((part == part[:, :1]).all() for part in images.split(1000))
     return images[:, :1].contiguous() if grey else images, readable
@@ -319,7 +314,7 @@ def replacing(path, lock=False):
 
 
 def open_run(args, state):
-    """The step to go on from: 0, or with --resume that of the checkpoint, read into `state`, names to modules,
+    """The step to go on from: 0, or with --resume the checkpoint's, read into `state`, names to modules,
     optimisers and tensors. Fails where it is damaged, another script's, or the data is not the run's."""
     _claim(args)
     for part in state.values():
@@ -381,7 +376,7 @@ def _read_checkpoint(args, state):
         return saved
     except Exception:  # torn files, foreign pickles and edited dictionaries raise many things
         fail(
-            f"{path} is missing or damaged, or no checkpoint of this {args.run.script}.py; nothing was changed"
+            f"{path} is missing, damaged, or no checkpoint of this {args.run.script}.py; nothing was changed"
         )
 
 
@@ -409,10 +404,9 @@ def save_grid(args, step, images, columns=8):
 
 
 def generate(args, state, draw):
-    """Writes `args.generate` images from the checkpoint to `args.out_dir/generated/000000.png`, ...;
-    `draw(n)` gives n of them, (n, C, S, S) in [-1, 1]; with a flag --label it is `draw(n, y)`, where y are
-    that class or all in turn, as the names say: `000003_class3.png`. The same `--seed` gives the same
-    images. Fails where that folder exists; it has its name when all are written."""
+    """Writes `args.generate` images to `args.out_dir/generated/000000.png`, ..., the same for the same seed:
+    `draw(n)` gives n, (n, C, S, S) in [-1, 1]; with a flag --label `draw(n, y)` does, of that class or all in
+    turn, as the names say (`000003_class3.png`). Fails where that folder exists; it appears when complete."""
     folder, tmp = Path(args.out_dir, "generated"), Path(args.out_dir, "generated.tmp")
     if folder.exists():
         fail(f"{folder} exists: move or delete it")
@@ -436,10 +430,9 @@ def generate(args, state, draw):
 
 
 def steps(args, first):
-    """`for step, log_due, save_due in steps(args, first)`: the steps first + 1 ... args.steps, with a
-    progress bar on stderr. Saves are due every `args.save_every` steps and at the last, log rows every
-    `args.log_every` and with each save. After Ctrl-C, SIGTERM or SIGHUP comes one more step, with a save, and
-    the program exits with 128 plus the signal's number; a second one ends it at once."""
+    """(step, log_due, save_due) of the steps first + 1 ... args.steps, with a progress bar. Saves are due
+    every `args.save_every` steps and at the last, log rows every `args.log_every` and with each save. At the
+    first Ctrl-C, SIGTERM or SIGHUP one more step saves, and exits with 128 plus its number; a second ends."""
     came = []
 
     def on_signal(number, frame):

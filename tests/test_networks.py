@@ -116,12 +116,6 @@ def test_maxout_takes_the_largest_of_five():
     assert torch.allclose(maxout(x), expected, atol=1e-6)
 
 
-def test_gan_dropout():
-    """0.2 on the pixels, 0.5 on both hidden layers, as in the authors' MNIST settings."""
-    _, D = networks("gan")
-    assert [m.p for m in D.modules() if isinstance(m, nn.Dropout)] == [0.2, 0.5, 0.5]
-
-
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_slopes(name):
     """LeakyReLU of 0.2 in D, as DCGAN has it; 0.1 in SNGAN's Table 3; ReLU in G."""
@@ -132,9 +126,10 @@ def test_slopes(name):
     assert not any(isinstance(m, nn.LeakyReLU) for m in G.modules())
 
 
-def test_gan_drops_pixels_to_black():
-    """D sees pixels in [0, 1], as its authors' does: on [-1, 1] a dropped one would be grey."""
+def test_gan_dropout():
+    """0.2 on the pixels, 0.5 on both hidden layers; D sees [0, 1]: on [-1, 1] a dropped pixel is grey."""
     _, D = networks("gan")
+    assert [m.p for m in D.modules() if isinstance(m, nn.Dropout)] == [0.2, 0.5, 0.5]
     seen = []
     D.net[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     D(torch.tensor([-1.0, 0.0, 1.0])[:, None, None, None].expand(3, 3, 16, 16))

@@ -134,7 +134,7 @@ def lines(*patterns):
 
 def test_budgets(capsys):
     """Minimal stays true: a script is read at one sitting. `pytest -s` prints where each file stands."""
-    budgets = {f"{name}.py": 200 for name in NAMES} | {"common.py": 590, "tests/*.py": 3050, "README.md": 170}
+    budgets = {f"{name}.py": 190 for name in NAMES} | {"common.py": 520, "tests/*.py": 2600, "README.md": 125}
     counted = {pattern: lines(pattern) for pattern in budgets}
     with capsys.disabled():
         print("\n" + ", ".join(f"{p} {n} of {budgets[p]}" for p, n in counted.items()))
@@ -160,7 +160,7 @@ def changed_lines(a, b):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "limit"), [("dcgan", "lsgan", 10), ("dcgan", "cgan", 38), ("wgan", "wgan_gp", 30)]
+    ("a", "b", "limit"), [("dcgan", "lsgan", 10), ("dcgan", "cgan", 30), ("wgan", "wgan_gp", 25)]
 )
 def test_distance_between_siblings(a, b, limit):
     """`diff` shows the difference between two papers."""
