@@ -9,6 +9,7 @@ import difflib
 import re
 
 import pytest
+import what_changed
 from helpers import NAMES, ROOT
 
 Z, N = "torch.randn(args.batch_size, args.z_dim, device=device)", "torch.randn(n, args.z_dim, device=device)"
@@ -134,7 +135,7 @@ def lines(*patterns):
 
 def test_budgets(capsys):
     """Minimal stays true: a script is read at one sitting. `pytest -s` prints where each file stands."""
-    budgets = {f"{name}.py": 190 for name in NAMES} | {"common.py": 520, "tests/*.py": 2600, "README.md": 125}
+    budgets = {f"{name}.py": 190 for name in NAMES} | {"common.py": 520, "tests/*.py": 2800, "README.md": 150}
     counted = {pattern: lines(pattern) for pattern in budgets}
     with capsys.disabled():
         print("\n" + ", ".join(f"{p} {n} of {budgets[p]}" for p, n in counted.items()))
@@ -173,3 +174,7 @@ def test_a_drift_is_named_by_file_and_line(capsys):
     row = next(i for i, t in enumerate(text.splitlines()) if "opt_D.zero_grad()" in t)
     with pytest.raises(pytest.fail.Exception, match=rf"sngan.py:{line + row}: main"):
         assert_same("sngan", line, text.replace("opt_D.zero_grad()", "D.zero_grad()"), text, "main")
+
+
+def test_what_changed_is_up_to_date():
+    assert what_changed.PAGE.read_text() == what_changed.page(), "renew it: python tests/what_changed.py"
