@@ -113,7 +113,7 @@ def parse_args(parser, argv, script):
             )
 
     for name, value in vars(args).items():
-        least = {"seed": 0, "label": 0, "batch_size": 2}.get(name, 1)
+        least = {"seed": 0, "label": 0, "batch_size": 2}.get(name, int(parser.get_default(name) != 0))
         check(name, type(value) is not int or least <= value < 2**31, f"{least} or more, and below 2^31")
         check(name, type(value) is not float or math.isfinite(value), "a finite number")
         check(name, name not in ("beta1", "beta2", "momentum", "alpha") or 0 <= value < 1, "in [0, 1)")

@@ -2,17 +2,13 @@
 
     python tests/benchmark.py [--device cuda] [--dataset mnist --data-dir data]
 
-For each script, at its defaults for 32 px and at 64 px, two ways of training the same networks with the
-same losses, in this process, in turns:
+For each script, at its defaults for 32 px and at 64 px, two ways of training the same networks with the same
+losses, in this process, in turns: ours, the script's own main loop; and the usual way, torchvision's dataset
+in a DataLoader with 2 workers, PyTorch's default optimiser, D not frozen for G, `.item()` of every loss.
 
-    ours    the script's own main loop, as `python <script>.py` runs it
-    usual   torchvision's dataset with its per-image Resize, ToTensor and Normalize in a DataLoader with 2
-            workers, eager, the optimiser as PyTorch makes it by default, D not frozen in G's update,
-            `.item()` of every loss at every step
-
-images/s counts the real images that D sees. ratio is ours over usual. overhead is the share of our loop that
-is not d_step and g_step on ready tensors, measured by leaving these out of the loop. Medians over `--rounds`
-turns of about `--seconds` each, after a warm-up; the device is synchronised around every turn.
+images/s counts the real images that D sees. overhead is the share of our loop that is not d_step and g_step,
+measured by leaving these out. Medians over `--rounds` turns of about `--seconds` each, after a
+warm-up; the device is synchronised around every turn.
 """
 
 import argparse

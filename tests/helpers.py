@@ -6,6 +6,7 @@ import pickle
 import struct
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import common
 import numpy as np
@@ -16,7 +17,7 @@ from torchvision.datasets import CIFAR10
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 CONVOLUTIONAL = NAMES[1:]
-SCRIPTS = {name: importlib.import_module(name) for name in NAMES}
+SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, "tricks")}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROOT = Path(__file__).parent.parent
 
@@ -85,41 +86,34 @@ class _EnoughError(Exception):
     pass
 
 
-def open_script(name, tmp_path, *flags, dataset=None, classes=3):
+def open_script(name, tmp_path, *flags, dataset=None):
     """Runs a script's main up to its loop, on small networks and a small folder of pictures unless the flags
     say otherwise. Returns its own d_step, g_step, G, D, opt_G, opt_D, fixed_z, args and batches, and `step`,
     which takes one step of its loop."""
-    if dataset is None:
-        dataset = tmp_path / "pictures"
-        if not dataset.exists():
-            for k in range(classes):
-                (dataset / f"class{k}").mkdir(parents=True)
-                for i in range(3):
-                    image = np.roll(picture(k % 2), 3 * i + k, axis=1)
-                    Image.fromarray(image).save(dataset / f"class{k}" / f"{i}.png")
-    caught, open_run, load_data = SimpleNamespace(), common.open_run, common.load_data
+    pictures, caught = tmp_path / "pictures", SimpleNamespace()
+    for k in range(0 if dataset or pictures.exists() else 3):
+        (pictures / f"class{k}").mkdir(parents=True)
+        for i in range(3):
+            image = np.roll(picture(k % 2), 3 * i + k, axis=1)
+            Image.fromarray(image).save(pictures / f"class{k}" / f"{i}.png")
 
-    def caught_open_run(args, state):
-        caught.args, caught.state = args, state
-        caught.__dict__.update(state)
+    def open_run(args, state, open_run=common.open_run):
+        caught.__dict__.update(state, state=state)
         return open_run(args, state)
 
-    def caught_load_data(args, **labelled):
-        caught.data = load_data(args, **labelled)
-        return caught.data
+    def cuda_graphs(args, *steps):
+        caught.d_step, caught.g_step = steps
+        return steps
 
-    def cuda_graphs(args, d_step, g_step):
-        caught.d_step, caught.g_step = d_step, g_step
+    def batches(args, data, start):
+        caught.args, caught.data = args, data
         raise _EnoughError
 
-    argv = ["--dataset", dataset, "--data-dir", tmp_path / "data", "--out-dir", tmp_path / f"run-{name}"]
-    argv += ["--image-size", 16, "--width", 8, "--batch-size", 4, "--z-dim", 6, "--device", "cpu", *flags]
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(common, "open_run", caught_open_run)
-        m.setattr(common, "load_data", caught_load_data)
-        m.setattr(common, "cuda_graphs", cuda_graphs)
-        with pytest.raises(_EnoughError):
-            SCRIPTS[name].main([str(a) for a in argv])
+    argv = f"--data-dir {tmp_path}/data --out-dir {tmp_path}/run-{name} --image-size 16 --width 8 --z-dim 6"
+    argv = ["--dataset", dataset or pictures, *argv.split(), "--batch-size", 4, "--device", "cpu", *flags]
+    spies = mock.patch.multiple(common, open_run=open_run, cuda_graphs=cuda_graphs, batches=batches)
+    with spies, pytest.raises(_EnoughError):
+        SCRIPTS[name].main([str(a) for a in argv])
     caught.batches = common.batches(caught.args, caught.data)
     caught.step = lambda: take_step(name, caught)
     return caught
@@ -130,7 +124,7 @@ def take_step(name, run):
     for _ in range(run.args.n_critic):
         x_real, *y = next(run.batches)[: 2 if name == "cgan" else 1]
         loss_D, d_real, d_fake = run.d_step(x_real, *y)
-    return loss_D, run.g_step(*y), d_real, d_fake
+    return loss_D, run.g_step(*([x_real] if name == "tricks" else y)), d_real, d_fake
 
 
 def networks(name, channels=3, image_size=16, width=8, z_dim=6, seed=0):
@@ -140,18 +134,10 @@ def networks(name, channels=3, image_size=16, width=8, z_dim=6, seed=0):
     n_classes = [3] if name == "cgan" else []
     G = module.Generator(z_dim, width, channels, image_size, *n_classes)
     D = module.Discriminator(width, channels, image_size, *n_classes)
-    if name != "cgan":
-        return G, D
-
-    class Labelled(torch.nn.Module):
-        def __init__(self, net):
-            super().__init__()
-            self.net = net
-
-        def forward(self, x):
-            return self.net(x, torch.arange(len(x), device=x.device) % 3)
-
-    return Labelled(G), Labelled(D)
+    if name == "cgan":
+        for net in (G, D):
+            net.forward = lambda x, forward=net.forward: forward(x, torch.arange(len(x), device=x.device) % 3)
+    return G, D
 
 
 def snapshot(module):
