@@ -49,7 +49,10 @@ def _one_line_excepthook(kind, error, trace):
         message = "not enough memory: lower --batch-size, --width or --image-size"
     elif not issubclass(kind, (OSError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, trace)
-    print(f"error: {_printable(message)}", file=sys.stderr)
+    try:
+        fail(message)
+    except SystemExit as e:
+        print(e, file=sys.stderr)
 
 
 class _Display:
@@ -107,10 +110,8 @@ def parse_args(parser, argv, script):
         parser.set_defaults(out_dir=args.out_dir, **then)
         args = parser.parse_args(argv, SimpleNamespace(run=run))
         free = _MAY_CHANGE | ({"seed"} if args.generate else set())
-        for name, value in then.items():
-            check(
-                name, name in free or getattr(args, name) == value, f"{value}, as in the run: {run.command}"
-            )
+        for name, was in then.items():
+            check(name, name in free or getattr(args, name) == was, f"{was}, as in the run: {run.command}")
 
     for name, value in vars(args).items():
         least = {"seed": 0, "label": 0, "batch_size": 2}.get(name, int(parser.get_default(name) != 0))
@@ -473,8 +474,7 @@ def log(args, step, **values):
         fail(f"step {step} is not finite {args.run.shown}; the checkpoint is from before; try a lower --lr")
     header = "" if args.run.log else ",".join(["step", "seconds", *values]) + "\n"
     args.run.seconds = time.monotonic() - args.run.started
-    row = [str(step), f"{args.run.seconds:.2f}", *(f"{v:.5g}" for v in numbers.values())]
-    row = header + ",".join(row) + "\n"
+    row = f"{header}{step},{args.run.seconds:.2f},{','.join(f'{v:.5g}' for v in numbers.values())}\n"
     args.run.log += row
     try:
         with open(Path(args.out_dir, "log.csv"), "a") as f:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
@@ -44,13 +45,6 @@ def classes_covered(predicted, n_classes):
     """How many classes get at least a tenth of an equal share of the images: predicted int64 (N,)."""
     shares = torch.bincount(predicted, minlength=n_classes) / len(predicted)
     return int((shares >= 0.1 / n_classes).sum())
-
-
-def kl_from_uniform(predicted, n_classes):
-    """KL(histogram of the predicted classes || uniform), in nats: 0 when all are equally frequent,
-    ln n_classes when all images are of one class. Real data need not be at 0."""
-    p = torch.bincount(predicted, minlength=n_classes).double() / len(predicted)
-    return (p[p > 0] * (p[p > 0] * n_classes).log()).sum().item()
 
 
 def precision_recall(real, fake, k=5):
@@ -143,7 +137,6 @@ def score(net, real, fake, labels=None):
         "images": n,
         "frechet": frechet_distance(real_features[:n], fake_features[:n]),
         "classes": classes_covered(predicted, 10),
-        "kl": kl_from_uniform(predicted, 10),
         "precision": precision,
         "recall": recall,
     }
@@ -178,6 +171,7 @@ def main(argv=None):
     p.add_argument("--cache-dir", default="data/quality", help="where the classifier is kept")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--classifier-steps", type=int, default=1500)
+    p.add_argument("--neighbours", metavar="FILE", help="to show the nearest training images of 10 in")
     args = p.parse_args(argv)
     net = trained_classifier(args.dataset, args.data_dir, args.cache_dir, args.device, args.classifier_steps)
     fake, labels = read_folder(args.folder)
@@ -187,6 +181,9 @@ def main(argv=None):
         common.fail(
             f"{args.folder} has images {tuple(fake.shape[1:])}, {args.dataset} {tuple(train.shape[1:])}"
         )
+    if args.neighbours:
+        nearest = torch.cdist(fake[:10].flatten(1).float(), train.flatten(1).float()).argmin(1)
+        save_image(torch.cat([fake[:10], train[nearest]]) / 255, args.neighbours, nrow=10)
     # Fixed random orders: files may be sorted by class, or by difficulty as MNIST's test images.
     rng = torch.Generator().manual_seed(0)
     train = train[torch.randperm(len(train), generator=rng)[: len(test)]]
@@ -195,6 +192,8 @@ def main(argv=None):
     result = score(net, train, fake, labels)
     floor = score(net, train[: len(fake)], test[: len(fake)], test_labels[: len(fake)])
     print(json.dumps({"folder": str(args.folder), **result, "floor": floor}, indent=1))
+    said = f"{result['precision']:.0%} of these look real, {result['recall']:.0%} of real ones are like these"
+    print(f"{said}; Fréchet {result['frechet']:.1f}, at best {floor['frechet']:.1f}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Writes docs/what-changed.md, the differences between the scripts, from the scripts themselves.
-
-python tests/what_changed.py
-"""
+"""Writes docs/what-changed.md, how the scripts differ, from the scripts: `python tests/what_changed.py`."""
 
 import difflib
 import re
