@@ -8,9 +8,9 @@ Mirza, Osindero 2014, Conditional Generative Adversarial Nets. https://arxiv.org
 Differs from dcgan.py in: y, one-hot, joined to z in G and to the image as extra channels in D; the grid has
 one class per column.
 
-Deviations from the paper: dcgan.py's convolutional networks, where the paper has fully connected ones with
-maxout and dropout of 0.5 in both; Adam where it has SGD with momentum, in batches of 100; z is N(0, I), not
-uniform.
+Deviations from the paper: dcgan.py's loss of G and its convolutional networks, where the paper has fully
+connected ones, maxout in D, and dropout of 0.5 in both; Adam where it has SGD with momentum and a decaying
+rate, in batches of 100; z is N(0, I), not uniform.
 
     python cgan.py --width 16 --lr 1e-3 --steps 6000
 """

@@ -9,10 +9,10 @@ Adversarial Networks. https://arxiv.org/abs/1511.06434
 Differs from gan.py in: both networks (strided convolutions and batch norm instead of fully connected
 layers), no --saturating, and the defaults that go with them.
 
-Deviations from the paper: z is N(0, I), not uniform on [-1, 1]; 4x4 kernels, not 5x5; half its widths, and
-one stage fewer for 32 px (--image-size 64 --width 128 gives the channels of its figure 1); MNIST, not LSUN.
-The authors' code also has L2 weight decay, batch norm per unit after G's dense layer, no biases in the first
-and last layers, and updates D and G on alternating batches.
+Deviations from the paper: z is N(0, I), not uniform; 4x4 kernels, not 5x5; half its widths, and one stage
+fewer for 32 px (--image-size 64 --width 128 gives the channels of its figure 1); MNIST, not photographs. The
+authors' code also has L2 weight decay, batch norm per unit after G's dense layer, no biases in D's first and
+both last layers, and updates D and G on alternating batches.
 
     python dcgan.py --width 16 --lr 1e-3 --steps 8000
 """

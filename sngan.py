@@ -13,9 +13,9 @@ D's widths are those of Table 3; the lab's pfnet-research/chainer-gan-lib double
 Optimiser: setting C of Table 1. The paper's main loss is cross entropy (eq. 15); hinge, eqs. 16 and 17, gave
 its standard CNN the better FID (Table 2). Deviations from the paper: batch norm and ReLU after G's dense
 layer too, as in that code, but per channel; one power iteration in every forward pass of D, as in that code,
-where Algorithm 1 has one per update. The authors' pfnet-research/sngan_projection also has a rate that falls
-linearly to 0, twice D's batch for G, and dequantised pixels. Spectral norm bounds D's Lipschitz constant up
-to a factor: it is taken of the weight as a matrix, not of the convolution.
+where Algorithm 1 has one per update. The authors' pfnet-research/sngan_projection also has, for CIFAR-10, a
+rate that falls linearly to 0, twice D's batch for G, and dequantised pixels. Spectral norm bounds D's slope
+up to a factor: it is taken of the weight as a matrix, not of the convolution.
 
     python sngan.py --width 16 --lr 1e-3 --steps 4000
 """
@@ -94,7 +94,7 @@ class Discriminator(nn.Module):
 
 def sn(layer):
     """The layer, its weight divided by an estimate of its largest singular value: Algorithm 1, at every pass.
-    Initialised first: once wrapped, `weight` is computed, and setting it would do nothing."""
+    Initialised first: once wrapped, `weight` is computed, and filling it would do nothing."""
     return torch.nn.utils.parametrizations.spectral_norm(layer.apply(init_weights))
 
 

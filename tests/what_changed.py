@@ -8,9 +8,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "what-changed.md"
 
 IDEAS = """
-gan dcgan: Images are local and alike everywhere, so both networks become convolutional: strides in the
-place of pooling, and batch norm in every layer but the first of D and the last of both, keep deeper
-networks in balance.
+gan dcgan: Images are local and alike everywhere, so both networks become convolutional: strides take the
+place of pooling, and batch norm in every layer but the first of D and the last of both lets deep ones learn.
 
 dcgan cgan: If G and D are both told the class of each image, D can refuse a good 3 where a 7 was asked for,
 and G learns to draw what it is asked for.
@@ -19,8 +18,8 @@ dcgan lsgan: Cross entropy has hardly any gradient left for a fake that D alread
 far it is from the data; squared distances to target scores pull on every fake.
 
 dcgan wgan: Where real and generated images hardly overlap, a D that tells them apart perfectly teaches
-nothing. One that must not be steep, here by clipped weights, estimates how far apart they are, and has a
-slope to follow.
+nothing reliable. One that must not be steep, here by clipped weights, estimates how far apart they are, up to
+a factor, and has a slope to follow.
 
 wgan wgan_gp: Clipping wastes what D could be. The best D has a slope of 1 between real and generated
 images: ask for that slope by a penalty, and leave the weights free.
