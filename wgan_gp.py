@@ -8,8 +8,8 @@ Gulrajani et al. 2017, Improved Training of Wasserstein GANs. https://arxiv.org/
 Differs from wgan.py in: the penalty where the clipping was, D without batch norm, He's initialisation, Adam.
 
 Adam's betas are those of the authors' gan_cifar.py (github.com/igul222/improved_wgan_training), not (0, 0.9)
-as in Algorithm 1. It has 5x5 kernels, width 128 (and suggests 64), z of 128 dimensions, batch norm
-per unit after G's dense layer, and kernels of variance 4 / (fan_in + fan_out). Not the paper's ResNet.
+as in Algorithm 1. It has 5x5 kernels of variance 4 / (fan_in + fan_out), width 128 (it suggests 64), z of 128
+dimensions, and batch norm per unit after G's dense layer. Not the paper's ResNet.
 
     python wgan_gp.py --width 16 --lr 1e-3 --steps 2500
 """
