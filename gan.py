@@ -9,12 +9,11 @@ The first of the seven; read dcgan.py beside it.
 
 The paper leaves sizes open; layers, maxout and dropout are those of the authors' mnist.yaml
 (github.com/goodfeli/adversarial). Deviations from it: Adam at 1e-3, where it has SGD with momentum and a
-decaying rate, and which trains better; z is N(0, I), where it is uniform; G ends in tanh, not a sigmoid, and
-D maps its images to [0, 1]; weights start as N(0, 0.02), not uniform, and G's output biases at 0, not from
-the pixels' means; 32 px, padded; D and G are updated in turn, as in Algorithm 1, not at once on the same
-fakes.
+decaying rate; z is N(0, I), where it is uniform; G ends in tanh, not a sigmoid, and D maps its images to
+[0, 1]; weights start as N(0, 0.02), not uniform, and G's output biases at 0, not from the pixels' means;
+32 px, padded; D and G are updated in turn, as in Algorithm 1, not at once on the same fakes.
 
-    python gan.py --steps 7500
+    python gan.py --steps 9300
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
