@@ -230,8 +230,8 @@ def test_kill_9_fifty_times(train, tmp_path, capfd):
     train("dcgan", "run", "--steps", 1, *every)
     for _ in range(50):
         child = in_child(lambda: train("dcgan", "run", "--steps", 10**6, *every, "--resume"))
-        time.sleep(rng.uniform(0, 0.3))
-        far = rng.random() < 0.7  # as far as a new step at least
+        far = rng.random() < 0.5  # as far as a new step at least
+        time.sleep(0 if far else rng.uniform(0, 0.3))
         while far and checkpoint(run)["step"] == step:
             time.sleep(rng.uniform(0, 0.01))
         child.kill()
@@ -242,7 +242,7 @@ def test_kill_9_fifty_times(train, tmp_path, capfd):
         for path in (run / "samples").glob("*.png"):
             Image.open(path).load()
         json.loads((run / "args.json").read_text())
-    assert step > 20, "the run got on in spite of it"
+    assert step > 15, "the run got on in spite of it"
     train("dcgan", "run", "--steps", step + 1, *every, "--resume")
     train("dcgan", "whole", "--steps", step + 1, *every)
     assert_same_run(run, tmp_path / "whole")

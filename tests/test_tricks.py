@@ -213,7 +213,7 @@ def test_bad_flags(flags, capsys):
 @pytest.mark.parametrize("trick", ONE.split(","))
 def test_learns_one_picture(trick, tmp_path):
     data, run = picture_folder(tmp_path / "pictures"), f"--out-dir {tmp_path}/run --device cpu"
-    quick = "--image-size 16 --batch-size 8 --width 16 --lr 1e-3 --steps 200 --save-every 1000"
+    quick = "--image-size 16 --batch-size 8 --width 16 --lr 1e-3 --steps 110 --save-every 1000"
     tricks.main(f"--dataset {data} --data-dir {tmp_path}/data {quick} --{trick} {run}".split())
     tricks.main(f"--generate 4 {run}".split())
     for file in (tmp_path / "run" / "generated").iterdir():
