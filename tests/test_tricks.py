@@ -64,9 +64,9 @@ def test_flipped_labels():
     assert tricks.flipped(ones, 0.0) is ones
     for y, share in ((tricks.flipped(ones, 0.3), 0.7), (tricks.flipped(zeros, 0.3), 0.3)):
         assert y.unique().tolist() == [0, 1] and y.mean().item() == pytest.approx(share, abs=0.03)
-    d = torch.full((20_000,), 2.0)  # all scores alike: the loss is that of the share, 3/4 and 1/4 of each
-    expected = bce(d, torch.ones_like(d)) + bce(d, torch.zeros_like(d))
-    assert tricks.d_loss(d, d, flip=0.25).item() == pytest.approx(expected.item(), rel=0.02)
+    d, one, zero = torch.full((20_000,), 2.0), torch.ones(20_000), torch.zeros(20_000)
+    expected = 0.75 * (bce(d, one) + bce(-2 * d, zero)) + 0.25 * (bce(d, zero) + bce(-2 * d, one))
+    assert tricks.d_loss(d, -2 * d, flip=0.25).item() == pytest.approx(expected.item(), rel=0.05)
 
 
 def seen_by_D(tmp_path, monkeypatch, flags, steps):
