@@ -97,6 +97,8 @@ class Discriminator(nn.Module):
             c *= 2
         layers += [MinibatchDiscrimination(c * 16, kernels)] if kernels else []
         self.net = nn.Sequential(*layers, nn.Conv2d(c + kernels, 1, 4)).apply(init_weights)
+        for conv in () if norm else self.net[::2]:  # as in wgan_gp.py: batch norm ties images together, and
+            nn.init.kaiming_normal_(conv.weight, 0.2)  # without it N(0, 0.02) takes the signal away
 
     def forward(self, x):
         return self.net(x).flatten()
@@ -151,8 +153,7 @@ def flipped(y, p):
 
 
 def r1_penalty(D, x_real):
-    """E[||grad D(x)||^2] at real images (N, C, S, S): Mescheder et al. 2018, eq. 9. Batch norm in D would tie
-    the images together; without it the sum's gradient is each one's own."""
+    """E[||grad D(x)||^2] at real images (N, C, S, S), each one's own: Mescheder et al. 2018, eq. 9."""
     x_real = x_real.detach().requires_grad_()
     (grad,) = torch.autograd.grad(D(x_real).sum(), x_real, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()

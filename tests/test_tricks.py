@@ -147,7 +147,7 @@ def test_minibatch_discrimination():
 
 
 def test_r1(tmp_path, monkeypatch):
-    """E||grad D||^2 = ||w||^2 for D(x) = wx; gamma / 2 of it in loss_D, at real images; no batch norm."""
+    """E||grad D||^2 = ||w||^2 for D(x) = wx; gamma / 2 of it in loss_D, at real images; no batch norm, but He."""
     w = torch.randn(3 * 16 * 16, requires_grad=True)
     penalty = tricks.r1_penalty(lambda x: x.flatten(1) @ w, torch.randn(5, 3, 16, 16))
     assert penalty.item() == pytest.approx(w.detach().square().sum().item(), rel=1e-4)
@@ -155,6 +155,7 @@ def test_r1(tmp_path, monkeypatch):
     assert torch.allclose(w.grad, 2 * w.detach(), rtol=1e-4)
     run, at = open_script("tricks", tmp_path, "--r1", 3), []
     assert not any(isinstance(m, nn.BatchNorm2d) for m in run.D.modules())
+    assert run.D.net[2].weight.std().item() == pytest.approx((2 / 1.04 / (8 * 16)) ** 0.5, rel=0.1)  # He's
     d_loss = tricks.d_loss
     monkeypatch.setattr(tricks, "r1_penalty", lambda D, x: at.append(x) or torch.tensor(5.0))
     monkeypatch.setattr(tricks, "d_loss", lambda *a: d_loss(*a) * 0)
