@@ -4,15 +4,15 @@
     --flip P                noisy labels                         github.com/soumith/ganhacks
     --noise STD             instance noise, fading to 0          Sonderby et al. 2016, 1610.04490
     --replay N              half of D's fakes are earlier ones   Shrivastava et al. 2016, 1612.07828, 2.3
-    --feature-matching W    G matches D's mean features          Salimans et al. 2016, 3.1
+    --feature-matching      G matches D's mean features          Salimans et al. 2016, 3.1
     --minibatch-kernels B   D compares the images of a batch     Salimans et al. 2016, 3.2
-    --r1 GAMMA              D is made flat at real images        Mescheder et al. 2018, 1801.04406, eq. 9
+    --r1 GAMMA              flat D at real images, no batch norm Mescheder et al. 2018, 1801.04406, eq. 9
     --ema BETA              pictures by G's moving average       Yazici et al. 2018, 1806.04498
     --diffaug               all that D sees is augmented         Zhao et al. 2020, 2006.10738
 
 Differs from dcgan.py in: these and their calls. Without flags it trains as dcgan.py does, bit for bit.
 
-    python tricks.py --width 16 --lr 1e-3 --steps 5000 --ema 0.999
+    python tricks.py --width 16 --lr 1e-3 --steps 5000 --ema 0.99
 """
 
 import copy
@@ -34,12 +34,12 @@ def parse_args(argv=None):
     p.add_argument("--n-critic", type=int, default=1, help="D updates per G update")
     p.add_argument("--smooth", type=float, default=0.0, metavar="P", help="real images' target is 1 - P")
     p.add_argument("--flip", type=float, default=0.0, metavar="P", help="share of D's labels swapped")
-    p.add_argument("--noise", type=float, default=0.0, metavar="STD", help="on all D sees, fading to 0")
+    p.add_argument("--noise", type=float, default=0.0, metavar="STD", help="on all D sees, 0 at --steps")
     p.add_argument("--replay", type=int, default=0, metavar="N", help="earlier fakes kept, as half of D's")
-    p.add_argument("--feature-matching", type=float, default=0.0, metavar="W", help="weight, as G's loss")
+    p.add_argument("--feature-matching", action="store_true", help="D's mean features as G's loss")
     p.add_argument("--minibatch-kernels", type=int, default=0, metavar="B", help="to compare images in D")
-    p.add_argument("--r1", type=float, default=0.0, metavar="GAMMA", help="weight of D's squared slope")
-    p.add_argument("--ema", type=float, default=0.0, metavar="BETA", help="decay of G's moving average")
+    p.add_argument("--r1", type=float, default=0.0, metavar="GAMMA", help="weight; D has no batch norm")
+    p.add_argument("--ema", type=float, default=0.0, metavar="BETA", help="G's average; (n-1)/(n+9) at most")
     p.add_argument("--diffaug", action="store_true", help="augment all that D sees")
     p.add_argument("--dataset", default="mnist", help="mnist, fashion-mnist, cifar10, digits, or a folder")
     p.add_argument("--data-dir", default="data", help="where datasets are looked for and downloaded to")
@@ -55,11 +55,11 @@ def parse_args(argv=None):
     p.add_argument("--tensorboard", action="store_true", help="also log there, into --out-dir")
     p.add_argument("--cuda-graph", action="store_true", help="on CUDA: replay both steps as graphs")
     args = common.parse_args(p, argv, __file__)
-    for flag in ("smooth", "flip", "ema", "noise", "feature_matching", "r1"):
-        if not 0 <= getattr(args, flag) < (1 if flag in ("smooth", "flip", "ema") else 1e9):
-            p.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: 0 or more, and a share below 1")
-    if args.r1 and args.minibatch_kernels:
-        p.error("--r1 is about single images, which --minibatch-kernels ties together: leave one out")
+    for flag, top in {"smooth": 1, "flip": 1, "ema": 1, "noise": 1e3, "r1": 1e6}.items():
+        if not 0 <= getattr(args, flag) < top:
+            p.error(f"--{flag} is {getattr(args, flag)}: it must be 0 or more, and below {top:g}")
+    if args.minibatch_kernels and (args.r1 or args.feature_matching):
+        p.error("--minibatch-kernels does not go with --r1 or --feature-matching: leave one out")
     return args
 
 
@@ -160,8 +160,8 @@ def r1_penalty(D, x_real):
 
 
 def feature_distance(D, x_real, x_fake):
-    """||E[f(x_real)] - E[f(x_fake)]||^2, summed over D's activations f: Salimans et al. 2016, section 3.1, of
-    one f; the sum is common practice. Its gradient reaches the fakes alone."""
+    """||E[f(x_real)] - E[f(x_fake)]||^2, summed over D's activations f: Salimans et al. 2016, section 3.1,
+    of one f; the sum is common practice. Of the images only the fakes get a gradient."""
     distance, real, fake = 0, x_real.detach(), x_fake
     for layer in D.net[:-1]:
         real, fake = layer(real), layer(fake)
@@ -171,11 +171,11 @@ def feature_distance(D, x_real, x_fake):
 
 
 def replayed(pool, x_fake):
-    """The fakes (N, C, S, S), half of them exchanged with random ones of `pool` (M, C, S, S), which keeps the
-    newer ones: Shrivastava et al. 2016, section 2.3. With fewer in the pool fewer are exchanged."""
-    places = torch.rand(len(pool), device=pool.device).argsort()[: len(x_fake) // 2]
-    earlier, n = pool[places], len(places)
-    pool[places] = x_fake[:n]
+    """Half of the fakes (N, C, S, S), and as many random ones of `pool` (M, C, S, S), or all. That half
+    then takes random places in the pool: Shrivastava et al. 2016, section 2.3."""
+    n = min(len(x_fake) // 2, len(pool))
+    drawn, left = (torch.rand(len(pool), device=pool.device).argsort()[:n] for _ in range(2))
+    earlier, pool[left] = pool[drawn], x_fake[-n:]
     return torch.cat([earlier, x_fake[n:]])
 
 
@@ -186,18 +186,18 @@ def move_average(average, G, beta):
 
 
 def diffaug(x):
-    """Images (N, C, S, S), each with its own colour, shifted by up to S / 8, and with a hole of side S / 2,
+    """Images (N, C, S, S), each in its own colours, shifted by up to S / 8, with a grey hole of side S / 2,
     differentiably: Zhao et al. 2020, section 3.2, and github.com/mit-han-lab/data-efficient-gans."""
     n, _, s, _ = x.shape
     brightness, saturation, contrast = torch.rand(3, n, 1, 1, 1, device=x.device)
     x = x + brightness - 0.5
     x = x.mean(1, keepdim=True).lerp(x, 2 * saturation)
     x = x.mean((1, 2, 3), keepdim=True).lerp(x, contrast + 0.5)
-    side, image = torch.arange(s, device=x.device), torch.arange(n, device=x.device)[:, None, None]
+    side, which = torch.arange(s, device=x.device), torch.arange(n, device=x.device)[:, None, None]
     rows, columns = side + torch.randint(-(s // 8), s // 8 + 1, (2, n, 1), device=x.device)
-    x = x.permute(0, 2, 3, 1)[image, rows.clamp(0, s - 1)[:, :, None], columns.clamp(0, s - 1)[:, None]]
-    away = side - torch.randint(s, (2, n, 1), device=x.device)  # from the hole's middle
-    seen, hole = [(k >= 0) & (k < s) for k in (rows, columns)], [(k >= -s // 4) & (k < s // 4) for k in away]
+    x = x.permute(0, 2, 3, 1)[which, rows.clamp(0, s - 1)[:, :, None], columns.clamp(0, s - 1)[:, None]]
+    away = side - torch.randint(s + 1, (2, n, 1), device=x.device)  # from the hole's middle
+    seen, hole = [(k >= 0) & (k < s) for k in (rows, columns)], [(-s <= 4 * k) & (4 * k < s) for k in away]
     seen, hole = (down[:, :, None] & across[:, None] for down, across in (seen, hole))
     return x.permute(0, 3, 1, 2) * (seen & ~hole)[:, None]
 
@@ -231,10 +231,9 @@ def main(argv=None):
         with torch.no_grad():
             x_fake = G(torch.randn(args.batch_size, args.z_dim, device=device))
             x_fake = replayed(state["pool"], x_fake) if args.replay else x_fake
-        x_real = shown(x_real)
-        d_real, d_fake = D(x_real), D(shown(x_fake))
+        d_real, d_fake = D(shown(x_real)), D(shown(x_fake))
         loss_D = d_loss(d_real, d_fake, args.smooth, args.flip)
-        loss_D += args.r1 / 2 * r1_penalty(D, x_real) if args.r1 else 0
+        loss_D += args.r1 / 2 * r1_penalty(lambda x: D(shown(x)), x_real) if args.r1 else 0
         opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
@@ -245,7 +244,7 @@ def main(argv=None):
         D.requires_grad_(False)
         x_fake = G(torch.randn(args.batch_size, args.z_dim, device=device))
         if args.feature_matching:
-            loss_G = args.feature_matching * feature_distance(D, shown(x_real), shown(x_fake))
+            loss_G = feature_distance(D, shown(x_real), shown(x_fake))
         else:
             loss_G = g_loss(D(shown(x_fake)))
         opt_G.zero_grad()
