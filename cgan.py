@@ -12,7 +12,7 @@ Deviations from the paper: dcgan.py's loss of G and its convolutional networks, 
 connected ones, maxout in D, and dropout of 0.5 in both; Adam where it has SGD with momentum and a decaying
 rate, in batches of 100; z is N(0, I), not uniform.
 
-    python cgan.py --width 16 --lr 1e-3 --steps 6000
+    python cgan.py --width 16 --lr 1e-3 --batch-size 64 --steps 12000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

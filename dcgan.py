@@ -14,7 +14,7 @@ fewer for 32 px (--image-size 64 --width 128 gives the channels of its figure 1)
 authors' code also has L2 weight decay, batch norm per unit after G's dense layer, no biases in D's first and
 both last layers, and updates D and G on alternating batches.
 
-    python dcgan.py --width 16 --lr 1e-3 --steps 8000
+    python dcgan.py --width 16 --lr 1e-3 --batch-size 64 --steps 14000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

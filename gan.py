@@ -13,7 +13,7 @@ decaying rate; z is N(0, I), where it is uniform; G ends in tanh, not a sigmoid,
 [0, 1]; weights start as N(0, 0.02), not uniform, and G's output biases at 0, not from the pixels' means;
 32 px, padded; D and G are updated in turn, as in Algorithm 1, not at once on the same fakes.
 
-    python gan.py --steps 9300
+    python gan.py --width 800 --steps 14000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

@@ -10,7 +10,7 @@ Differs from dcgan.py in: the two losses, --a --b --c, and the batch size.
 Deviations from the paper: dcgan.py's networks at 32 px, where the paper has 112 px and a deeper G. The
 authors' train_lsun.py (github.com/xudonmao/LSGAN) has a learning rate of 1e-3 and a uniform z of 1024.
 
-    python lsgan.py --width 16 --lr 1e-3 --batch-size 128 --steps 8000
+    python lsgan.py --width 16 --lr 1e-3 --batch-size 128 --steps 7000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

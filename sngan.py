@@ -17,7 +17,7 @@ where Algorithm 1 has one per update. The authors' pfnet-research/sngan_projecti
 rate that falls linearly to 0, twice D's batch for G, and dequantised pixels. Spectral norm bounds D's slope
 up to a factor: it is taken of the weight as a matrix, not of the convolution.
 
-    python sngan.py --width 16 --lr 1e-3 --beta1 0 --beta2 0.9 --steps 2500
+    python sngan.py --width 16 --lr 1e-3 --beta1 0 --beta2 0.9 --steps 2900
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

@@ -12,7 +12,7 @@ that clips before each update of D, so that G learns from a D that is not clippe
 instead of 5 in the first 25 steps and in every 500th; its convolutions have no biases. Deviation from both:
 32 px by default, not 64.
 
-    python wgan.py --width 16 --lr 5e-4 --clip 0.03 --steps 3500
+    python wgan.py --width 16 --lr 5e-4 --clip 0.03 --n-critic 1 --steps 14000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

@@ -11,7 +11,7 @@ Adam's betas are those of the authors' gan_cifar.py (github.com/igul222/improved
 as in Algorithm 1. It has 5x5 kernels of variance 4 / (fan_in + fan_out), width 128 (it suggests 64), z of 128
 dimensions, and batch norm per unit after G's dense layer. Not the paper's ResNet.
 
-    python wgan_gp.py --width 16 --lr 1e-3 --steps 2500
+    python wgan_gp.py --width 16 --lr 1e-3 --batch-size 32 --n-critic 2 --beta1 0 --steps 10000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
