@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from multiprocessing.pool import ThreadPool
@@ -95,7 +96,7 @@ def parse_args(parser, argv, script):
     gpus = range(torch.cuda.device_count())
     devices = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in gpus)]
     check("device", args.device in devices, f"one of this machine's: {', '.join(devices)}")
-    if args.device != "cpu":
+    if ":" in args.device:  # "cuda" alone is the current one, and no name that set_device takes
         torch.cuda.set_device(args.device)  # whose random numbers and graphs they are
     run = args.run = SimpleNamespace(script=Path(script).stem, log="", seconds=0.0, shown={}, board=None)
     run.data = {"images": 0, "channels": 0, "classes": [], "fingerprint": 0}
@@ -442,7 +443,10 @@ def steps(args, first):
         with contextlib.suppress(OSError):  # no print: one may be what was interrupted
             os.write(2, b"\nsaving after one more step; once more ends it at once\n")
 
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP, and a thread may set no handlers
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = numbers if threading.current_thread() is threading.main_thread() else []
+    handlers = {s: signal.getsignal(s) for s in numbers}
     for s, handler in handlers.items():
         signal.signal(s, handler if handler == signal.SIG_IGN else on_signal)  # nohup ignores one
     args.run.started = time.monotonic() - args.run.seconds

@@ -98,8 +98,8 @@ def lines(*patterns):
 
 def test_budgets(capsys):
     """Minimal stays true: a script is read at one sitting. `pytest -s` prints where each file stands."""
-    budgets = {f"{name}.py": 190 for name in NAMES} | {"tricks.py": 290, "common.py": 520}
-    budgets |= {"tests/*.py": 2800, "README.md": 150}
+    budgets = {f"{name}.py": 190 for name in NAMES} | {"tricks.py": 290, "common.py": 530}
+    budgets |= {"tests/*.py": 2850, "README.md": 150}
     counted = {pattern: lines(pattern) for pattern in budgets}
     with capsys.disabled():
         print("\n" + ", ".join(f"{p} {n} of {budgets[p]}" for p, n in counted.items()))
