@@ -1,524 +1,750 @@
-"""Data in, pictures and run files out: what the scripts share. Nothing in here knows what a GAN is.
+"""What the scripts share: loading data, and writing the pictures and files of a run. Nothing in
+here is specific to GANs.
 
-What a user or the world breaks ends in one line on stderr, with exit code 2 for a wrong argument, else 1.
+Errors that a user can fix end the program with one line on stderr: argparse's, with exit code
+2, for a wrong flag, and "error: ..." with exit code 1 for anything else.
 """
 
-import contextlib
+import argparse
+import csv
+import functools
 import importlib.util
 import itertools
 import json
 import math
 import os
-import shlex
-import shutil
-import signal
 import sys
-import threading
 import time
-import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 
-try:
-    import filelock
-    import numpy as np
-    import torch
-    import torchvision
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
-    from torchvision.transforms import functional as TF
-    from tqdm import tqdm
-except KeyboardInterrupt:  # these imports take seconds, and a Ctrl-C in them deserves no traceback
-    sys.exit(130)
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn import functional as F
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+TORCHVISION_DATASETS = {
+    "mnist": torchvision.datasets.MNIST,
+    "fashion-mnist": torchvision.datasets.FashionMNIST,
+    "cifar10": torchvision.datasets.CIFAR10,
+}
+IMAGE_SIZES = [16, 32, 64, 128, 256, 512, 1024]
+DATASET_HELP = "mnist, fashion-mnist, cifar10, digits (needs no download), or a folder of images"
+
+# Flags of one start of a script. All others belong to the run and are kept in its checkpoint.
+START_FLAGS = {"out_dir", "resume", "init", "generate", "device", "tensorboard", "cuda_graph"}
+
+# Flags of the run that may change when it is resumed. All others decide what it computes.
+MAY_CHANGE = {"dataset", "data_dir", "steps", "log_every", "save_every"}
 
 
 def fail(message):
-    """Ends the program with exit code 1 and `message` as one line on stderr, below any progress bar."""
-    for bar in list(tqdm._instances):
-        bar.close()
-    sys.exit(f"error: {_printable(message)}")
+    """Exits with code 1 and `message` as one line on stderr."""
+    sys.exit(f"error: {message}")
 
 
-def _printable(text):
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))  # file names hold anything
+def warn(message):
+    """Prints `message` as one line on stderr."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
-def _one_line_excepthook(kind, error, trace):
-    """What the world does to a program in one line; a traceback only for what is a bug in it."""
-    message = "interrupted" if kind is KeyboardInterrupt else str(error)
-    if kind is MemoryError or any(s in message for s in ("out of memory", "allocate", "size calculation")):
-        message = "not enough memory: lower --batch-size, --width or --image-size"
-    elif not issubclass(kind, (OSError, KeyboardInterrupt)):
-        return sys.__excepthook__(kind, error, trace)
-    try:
-        fail(message)
-    except SystemExit as e:
-        print(e, file=sys.stderr)
+# -------------------------------------------------------------------------------------------- flags
 
 
-class _Display:
-    """A standard stream that nothing depends on: its terminal, pipe or disk may be gone."""
-
-    def __init__(self, stream):
-        self.stream = getattr(stream, "stream", stream) or open(os.devnull, "w")  # noqa: SIM115
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.write(text)
-            self.stream.flush()
-
-    def flush(self):
-        """`write` has done it."""
+def positive_int(text):
+    """argparse type: a whole number from 1 to 2^31 - 1."""
+    value = int(text)
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 2^31 - 1")
+    return value
 
 
-_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-_OF_ONE_START = {"out_dir", "device", "resume", "generate", "label", "cuda_graph", "run"}  # not the run's
-_MAY_CHANGE = {"dataset", "data_dir", "steps", "log_every", "save_every", "tensorboard"}  # while it goes on
+def non_negative_int(text):
+    """argparse type: a whole number from 0 to 2^31 - 1."""
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^31 - 1")
+    return value
 
 
-def parse_args(parser, argv, script):
-    """`parser.parse_args(argv)`, checked; `script` is the caller's `__file__`. With --resume and --generate
-    the flags of the run in --out-dir are the defaults; a typed one that shaped it otherwise is refused."""
-    parser.prog = Path(script).name
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {_printable(message)}\n")
-    sys.stdout, sys.stderr = _Display(sys.stdout), _Display(sys.stderr)
-    sys.excepthook = _one_line_excepthook
-    args = parser.parse_args(argv)
+def finite_float(text):
+    """argparse type: a number, neither infinite nor NaN."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
 
-    def check(name, ok, wanted):
-        if not ok:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be {wanted}")
 
-    check("generate", not args.generate or not args.resume, "left out, or --resume: one draws, one trains on")
-    gpus = range(torch.cuda.device_count())
-    devices = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in gpus)]
-    check("device", args.device in devices, f"one of this machine's: {', '.join(devices)}")
-    if ":" in args.device:  # "cuda" alone is the current one, and no name that set_device takes
-        torch.cuda.set_device(args.device)  # whose random numbers and graphs they are
-    run = args.run = SimpleNamespace(script=Path(script).stem, log="", seconds=0.0, shown={}, board=None)
-    run.data = {"images": 0, "channels": 0, "classes": [], "fingerprint": 0}
-    run.random = torch if args.device == "cpu" else torch.cuda  # whose generator the run draws from
-    folder = f"{run.script}-{os.path.basename(os.path.abspath(args.dataset))}"
-    args.out_dir = args.out_dir.replace("{script}-{dataset}", folder)
-    doing = f"--generate {args.generate}" if args.generate else "--resume"
-    run.command = f"python {parser.prog} --out-dir {shlex.quote(args.out_dir)} {doing}"
+def positive_float(text):
+    """argparse type: a finite number above 0."""
+    value = finite_float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def non_negative_float(text):
+    """argparse type: a finite number, 0 or above."""
+    value = finite_float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def fraction(text):
+    """argparse type: a number in [0, 1)."""
+    value = finite_float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def any_path(text):
+    """argparse type: a path, in which ~ is the home directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return os.path.expanduser(text)
+
+
+def absolute_path(text):
+    """argparse type: a path that still holds when a run is resumed from another directory."""
+    return os.path.abspath(any_path(text))
+
+
+def dataset_name(text):
+    """argparse type: the name of a dataset, or else the absolute path of a folder of images."""
+    if text in TORCHVISION_DATASETS or text == "digits":
+        return text
+    return absolute_path(text)
+
+
+def available_devices():
+    """What --device may be on this machine: cpu, mps if it has it, cuda, cuda:0, cuda:1, ..."""
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return devices
+
+
+def parse_args(p, argv, generate_only=()):
+    """Adds the flags of data, run and device to `p`, an ArgumentParser whose `prog` is the name of
+    the script, and parses `argv` (None: the command line).
+
+    With --resume and --generate, the flags of the run in --out-dir are the defaults, and a flag
+    that is typed with another value is an error, unless it may change or is in `generate_only`,
+    the names of the flags that matter to --generate alone. Exits with an error if a flag is
+    wrong, or if --out-dir holds a run that a new one would overwrite.
+    """
+    own_defaults = vars(p.parse_args([]))
+    devices = available_devices()
+    default_device = "cuda" if "cuda" in devices else "cpu"
+
+    data = p.add_argument_group("data")
+    data.add_argument("--dataset", type=dataset_name, default="mnist", help=DATASET_HELP)
+    data.add_argument("--data-dir", type=absolute_path, default="data", help="folder for downloads")
+
+    run = p.add_argument_group("run")
+    run.add_argument("--steps", type=positive_int, default=20_000, help="updates of G")
+    run.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers")
+    run.add_argument(
+        "--out-dir", type=any_path, help="folder of the run; if None, runs/<script>-<dataset>"
+    )
+    run.add_argument(
+        "--log-every", type=positive_int, default=50, help="steps between rows of the log"
+    )
+    run.add_argument(
+        "--save-every", type=positive_int, default=500, help="steps between grids and checkpoints"
+    )
+    run.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
+    start = run.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
+    start.add_argument(
+        "--init",
+        type=any_path,
+        metavar="CHECKPOINT",
+        help="start a new run with the networks of another one's checkpoint.pt",
+    )
+    start.add_argument("--generate", type=positive_int, metavar="N", help="draw N images and stop")
+
+    device = p.add_argument_group("device")
+    device.add_argument(
+        "--device", choices=devices, default=default_device, help="device to train on"
+    )
+    device.add_argument("--cuda-graph", action="store_true", help="replay each update as one graph")
+
+    # Without its list of all flags, argparse says in one line which flag is wrong.
+    p.usage = argparse.SUPPRESS
+    p.set_defaults(script=Path(p.prog).stem)
+    args = p.parse_args(argv)
+    if args.out_dir is None:
+        args.out_dir = os.path.join("runs", f"{args.script}-{os.path.basename(args.dataset)}")
+
+    # Only a checkpoint.pt means that the folder holds a run.
     if args.resume or args.generate:
-        saved = _read_checkpoint(args, {})
-        then, run.data = saved["args"], saved["data"]
-        parser.set_defaults(out_dir=args.out_dir, **then)
-        args = parser.parse_args(argv, SimpleNamespace(run=run))
-        free = _MAY_CHANGE | ({"seed"} if args.generate else set())
-        for name, was in then.items():
-            check(name, name in free or getattr(args, name) == was, f"{was}, as in the run: {run.command}")
+        args = parse_with_run(p, argv, args, own_defaults, generate_only)
+    elif os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):
+        p.error(f"{args.out_dir} holds a run: --resume it, or choose another --out-dir")
 
-    for name, value in vars(args).items():
-        least = {"seed": 0, "label": 0, "batch_size": 2}.get(name, int(parser.get_default(name) != 0))
-        check(name, type(value) is not int or least <= value < 2**31, f"{least} or more, and below 2^31")
-        check(name, type(value) is not float or math.isfinite(value), "a finite number")
-        check(name, name not in ("beta1", "beta2", "momentum", "alpha") or 0 <= value < 1, "in [0, 1)")
-    check("image_size", args.image_size in [2**k for k in range(4, 11)], "a power of two from 16 to 1024")
-    check("lr", args.lr > 0, "above 0")
-    known = args.dataset in (*_TORCHVISION, "digits") or os.path.isdir(args.dataset)
-    check("dataset", known or args.generate, f"{', '.join(_TORCHVISION)}, digits, or a folder of images")
-    label, n = getattr(args, "label", None), len(run.data["classes"])
-    check("label", label is None or (args.generate and label < n), f"below {n}, and with --generate")
-    check("cuda_graph", not args.cuda_graph or args.device != "cpu", "left out on a CPU")
-    board = not args.tensorboard or importlib.util.find_spec("tensorboard")
-    check("tensorboard", board, "left out, or installed: pip install tensorboard")
-    _claim(args, lock=args.resume or args.generate)
+    if args.cuda_graph and "cuda" not in args.device:
+        p.error(f"--cuda-graph needs CUDA, and --device is {args.device}")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        p.error("--tensorboard needs a package that is missing: pip install tensorboard")
+
+    # torch.cuda.set_device does not take "cuda" without an index, which means the current device.
+    if "cuda:" in args.device:
+        torch.cuda.set_device(args.device)
+    # TF32 for matrix products, as cuDNN has it for convolutions anyway.
+    if "cuda" in args.device:
+        torch.set_float32_matmul_precision("high")
     return args
 
 
-def _claim(args, lock=True):
-    """Fails where a run is in the way of a new one; locks the run for this process, however that ends."""
-    folder, files = Path(args.out_dir), ("checkpoint.pt", "args.json", "log.csv", "samples")
-    if not args.resume and not args.generate and any((folder / name).exists() for name in files):
-        fail(f"{folder} holds a run: {args.run.command} continues it; or choose another --out-dir")
-    if lock:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            args.run.lock = filelock.FileLock(folder / ".lock", is_singleton=True)
-            args.run.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            fail(f"another process is at work on {folder}: wait for it, or stop it")
+def parse_with_run(p, argv, args, own_defaults, generate_only):
+    """Parses `argv` again, with the flags of the run in `args.out_dir` as defaults. Exits with an
+    error if a flag contradicts the run."""
+    checkpoint = os.path.join(args.out_dir, "checkpoint.pt")
+    saved = read_checkpoint(checkpoint, args.script)
 
+    # A flag that is newer than the run had its default in it; one that is gone has no effect.
+    known = {name: value for name, value in saved["args"].items() if hasattr(args, name)}
+    saved_flags = {**own_defaults, **known}
+    p.set_defaults(**saved_flags, out_dir=args.out_dir)
+    args = p.parse_args(argv)
 
-# ---------------------------------------------------------------------------------------------- data in
-
-
-def load_data(args, labelled=False):
-    """`args.dataset`: `images` uint8 (N, channels, S, S), on `args.device` if half of its free memory holds
-    them; `labels` int64 (N,) below `n_classes` (0: none); with --generate only `channels` and `n_classes`.
-    Fails where the data is missing, damaged or empty, or has no labels and must be `labelled`."""
-    size, note, then = args.image_size, "", args.run.data
+    may_change = MAY_CHANGE.union(generate_only)
     if args.generate:
-        return SimpleNamespace(channels=then["channels"], n_classes=len(then["classes"]))
+        may_change.add("seed")
+    for name in saved_flags.keys() - may_change:
+        typed = getattr(args, name)
+        if typed != saved_flags[name]:
+            flag = "--" + name.replace("_", "-")
+            p.error(
+                f"{flag} is {typed}, but the run has {saved_flags[name]}: leave it out (a new run "
+                f"can start from its networks, if they are as large: --init {checkpoint})"
+            )
+    if args.resume and saved["step"] >= args.steps:
+        p.error(f"{args.out_dir} is already at step {saved['step']}: raise --steps")
+    return args
+
+
+# ------------------------------------------------------------------------------------------ data in
+
+
+@dataclass
+class Data:
+    """A dataset in memory. With --generate, only what the checkpoint knows of it."""
+
+    number: int  # of images
+    channels: int  # 1 or 3
+    classes: list  # names of the classes; empty if the images have no labels
+    images: torch.Tensor | None = None  # uint8 (number, channels, image_size, image_size)
+    labels: torch.Tensor | None = None  # int64 (number,), indices of `classes`
+
+
+def load_data(args):
+    """The dataset `args.dataset` as Data: on `args.device` if half of its free memory is enough,
+    else in host memory. Exits with an error if it is missing, damaged or empty."""
+    if args.generate:
+        saved = read_checkpoint(os.path.join(args.out_dir, "checkpoint.pt"), args.script)
+        return Data(**saved["data"])
+
+    size = args.image_size
+    left_out = []
     if args.dataset == "digits":
-        images, labels = draw_digits(min(20_000, 2**31 // size**2), size, args.seed)
+        number = min(20_000, 2**31 // size**2)
+        images, labels = draw_digits(number, size, args.seed)
         classes = list("0123456789")
-    elif args.dataset in _TORCHVISION:
-        images, labels, classes = load_torchvision(args.dataset, Path(args.data_dir))
-        images = torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
+    elif args.dataset in TORCHVISION_DATASETS:
+        images, labels, classes = load_torchvision(args.dataset, args.data_dir)
+        parts = [TF.resize(part, [size, size], antialias=True) for part in images.split(1000)]
+        images = torch.cat(parts)
     else:
-        images, labels, classes, note = _load_folder(Path(args.dataset), Path(args.data_dir), size, labelled)
-    n, channels = images.shape[:2]
-    note = f", {len(classes)} classes{note}" if classes else note
-    print(_printable(f"{args.dataset}: {n:,} images of {channels}x{size}x{size}{note}"), file=sys.stderr)
-    fingerprint = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
-    args.run.data = {"images": n, "channels": channels, "classes": classes, "fingerprint": fingerprint}
-    if args.device == "cpu" or images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        images, labels, classes, left_out = load_folder(args.dataset, size)
+
+    number, channels = images.shape[:2]
+    line = f"{args.out_dir}: {number:,} images of {channels}x{size}x{size} from {args.dataset}"
+    if classes:
+        line += f", {len(classes)} classes: {first_ten(classes)}"
+    print(line, file=sys.stderr)
+    for message in left_out:
+        warn(message)
+
+    # Only CUDA can say how much memory is free; mps shares the host's.
+    if args.device in ("cpu", "mps") or images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(args.device)
-    labels = labels.to(args.device)
-    return SimpleNamespace(images=images, labels=labels, channels=channels, n_classes=len(classes))
+        labels = labels.to(args.device)
+    return Data(number, channels, classes, images, labels)
 
 
-def batches(args, data, start=0):
-    """Endless minibatches from number `start` on: x float32 (batch_size, C, S, S) in [-1, 1], y int64
-    (batch_size,), on `args.device`. Drawn i.i.d., as in Algorithm 1 of Goodfellow et al. 2014, from
-    `args.seed` and the number alone: a resumed run or another device sees the same ones."""
-    for number in itertools.count(start + 1):
-        rng = np.random.default_rng((args.seed, number))
-        i = torch.from_numpy(rng.integers(len(data.images), size=args.batch_size))
-        x = data.images[i.to(data.images.device, non_blocking=True)].to(args.device, non_blocking=True)
-        yield x.float().div_(127.5).sub_(1), data.labels[i.to(args.device, non_blocking=True)]
+def first_ten(names):
+    """The first ten names, separated by commas."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def sample_batch(args, data):
+    """A minibatch, drawn i.i.d. with replacement as in Algorithm 1 of Goodfellow et al. 2014:
+    images float32 (batch_size, C, S, S) in [-1, 1], labels int64 (batch_size,), both on
+    `args.device`."""
+    index = torch.randint(data.number, (args.batch_size,), device=args.device)
+    index = index.to(data.images.device)  # elsewhere only if the dataset is in host memory
+    x = data.images[index].to(args.device)
+    y = data.labels[index].to(args.device)
+    return x.float().div(127.5).sub(1), y
 
 
 def draw_digits(n, size, seed):
-    """White-on-black digits, varied at random by `seed`: uint8 (n, 1, size, size), labels int64 (n,)."""
-    rng, glyphs, fine = np.random.default_rng(seed), [], 4 * size
-    font = ImageFont.load_default(size=fine)
-    for bold, digit in itertools.product((0, 0.01, 0.02, 0.03), "0123456789"):
-        canvas, middle = Image.new("L", (fine, fine)), (fine / 2, fine / 2)
-        ImageDraw.Draw(canvas).text(middle, digit, 255, font, "mm", stroke_width=round(bold * fine))
-        glyphs.append(TF.pil_to_tensor(canvas.reduce(4)))  # drawn larger, so that thin strokes stay smooth
-    pick, glyphs = torch.from_numpy(rng.integers(len(glyphs), size=n)), torch.stack(glyphs).float()
-    low, high = [-0.17, -0.15, 1, -0.1, -0.1], [0.17, 0.15, 1.33, 0.1, 0.1]
-    angle, shear, zoom, x, y = rng.uniform(low, high, (n, 5)).T
+    """White digits on black, each one turned, sheared, scaled and shifted at random: images uint8
+    (n, 1, size, size) and labels int64 (n,), the same ones for the same `seed`."""
+    # Ten digits in four weights, drawn four times as large so that thin strokes stay smooth.
+    large = 4 * size
+    font = ImageFont.load_default(size=large)
+    glyphs = []
+    for weight, digit in itertools.product((0, 0.01, 0.02, 0.03), "0123456789"):
+        canvas = Image.new("L", (large, large))
+        middle = (large / 2, large / 2)
+        stroke = round(weight * large)
+        ImageDraw.Draw(canvas).text(middle, digit, 255, font, anchor="mm", stroke_width=stroke)
+        glyphs.append(TF.pil_to_tensor(canvas.reduce(4)))
+    glyphs = torch.stack(glyphs).float()
+
+    # For each image a glyph and an affine map, (2, 3), from the image's coordinates to the glyph's.
+    rng = np.random.default_rng(seed)
+    pick = torch.from_numpy(rng.integers(len(glyphs), size=n))
+    angle = rng.uniform(-0.17, 0.17, n)
+    shear = rng.uniform(-0.15, 0.15, n)
+    zoom = rng.uniform(1, 1.33, n)
+    shift_x, shift_y = rng.uniform(-0.1, 0.1, (2, n))
     cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
-    maps = np.stack([cos, sin + shear * cos, x, -sin, cos - shear * sin, y], 1).reshape(n, 2, 3)
-    maps, images = torch.from_numpy(maps).float(), torch.empty(n, 1, size, size, dtype=torch.uint8)
-    for part in tqdm(torch.arange(n).split(max(1, 2**20 // size**2)), "drawing digits", delay=2):
-        grid = torch.nn.functional.affine_grid(maps[part], (len(part), 1, size, size), align_corners=False)
-        images[part] = torch.nn.functional.grid_sample(glyphs[pick[part]], grid, align_corners=False).byte()
-    return images, pick % 10
+    to_x = np.stack([cos, sin + shear * cos, shift_x], axis=1)
+    to_y = np.stack([-sin, cos - shear * sin, shift_y], axis=1)
+    maps = torch.from_numpy(np.stack([to_x, to_y], axis=1)).float()
+
+    # In parts, as all images at once would take much memory as floats.
+    images = []
+    for part in torch.arange(n).split(max(1, 2**20 // size**2)):
+        grid = F.affine_grid(maps[part], (len(part), 1, size, size), align_corners=False)
+        images.append(F.grid_sample(glyphs[pick[part]], grid, align_corners=False).byte())
+    return torch.cat(images), pick % 10
 
 
 def load_torchvision(name, data_dir, train=True):
-    """A torchvision dataset: uint8 (N, C, 32, 32), MNIST's 28 px zero-padded; labels (N,); class names.
-    Downloaded into `data_dir` where it is not. Fails where it cannot be, or what is there is damaged."""
-    dataset_class = getattr(torchvision.datasets, _TORCHVISION[name])
-    folder = data_dir / getattr(dataset_class, "base_folder", _TORCHVISION[name])
+    """A dataset of torchvision, downloaded into `data_dir` if it is not there: images uint8 (N,
+    C, 32, 32), MNIST's 28 pixels with a border of zeros; labels int64 (N,); names of the
+    classes. Exits with an error if its files are damaged, or missing and cannot be downloaded."""
+    dataset_class = TORCHVISION_DATASETS[name]
+    folder = Path(data_dir, getattr(dataset_class, "base_folder", dataset_class.__name__))
+    has_files = any(file.is_file() for file in folder.rglob("*"))
     try:
         dataset = dataset_class(data_dir, train=train, download=True)
-        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-        if images.ndim == 3:
-            images = torch.nn.functional.pad(images, (2, 2, 2, 2))[:, None]
-        else:
-            images = images.permute(0, 3, 1, 2).contiguous()
-        if images.shape[2:] != (32, 32) or len(images) != len(labels) or labels.max() > 9:
-            raise ValueError(f"images {tuple(images.shape)}, {len(labels)} labels up to {labels.max()}")
-        return images, labels, list(dataset.classes)
-    except Exception as e:  # torchvision's readers assert, index, unpickle and download: anything comes out
-        problem = f"is damaged, or missing and cannot be downloaded ({type(e).__name__}: {e})"
-        fail(f"{folder} {problem}: move it away, or use --dataset digits, which needs no download")
+        images = torch.as_tensor(dataset.data)
+        labels = torch.as_tensor(dataset.targets)
+        if len(images) != len(labels) or labels.max() >= len(dataset.classes):
+            raise ValueError("its labels do not match its images")
+    # torchvision's readers assert, index and unpickle: anything can come
+    except Exception as error:
+        if has_files:
+            fail(f"{folder} cannot be read ({one_line(error)}): delete it to download it again")
+        fail(f"{folder} is missing, and the download failed ({one_line(error)})")
+
+    if images.ndim == 3:
+        images = F.pad(images, (2, 2, 2, 2))[:, None]
+    else:
+        images = images.permute(0, 3, 1, 2).contiguous()
+    return images, labels, list(dataset.classes)
 
 
-def _load_folder(folder, data_dir, size, labelled):
-    """Images uint8 (N, C, size, size), labels (N,), class names, and a note of these and what was left out.
-    Flat or in one subfolder per class, whichever holds more; decoded once, into a file under `data_dir`."""
-    paths = {p.relative_to(folder).as_posix(): p for p in (*folder.glob("*"), *folder.glob("*/*"))}
-    paths = {name: paths[name] for name in sorted(paths) if "/." not in f"/{name}"}  # no hidden ones
-    endings = set(Image.registered_extensions())
-    images = [name for name, p in paths.items() if p.suffix.lower() in endings and p.is_file()]
-    flat = [name for name in images if "/" not in name]
-    names = max(flat, [name for name in images if "/" in name], key=len)
-    others = [name for name in paths.keys() - set(names) if "/" in name or not paths[name].is_dir()]
-    if not names or (labelled and names is flat):
-        fail(f"{folder} holds no images{'' if labelled else ', neither flat nor'} in one subfolder per class")
-    stats = [(name, paths[name].stat()) for name in names]
-    key = zlib.crc32(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode())
-    cache = data_dir / "folders" / f"{zlib.crc32(os.fsencode(folder.resolve())):08x}-{size}.pt"
+def one_line(error):
+    """The kind of an exception and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def load_folder(folder, size):
+    """The images of a folder: uint8 (N, C, size, size), where C is 1 if all are grey, else 3;
+    labels int64 (N,); names of the classes; and messages that say what was left out.
+
+    The images are in the folder itself or in one subfolder per class, wherever there are more.
+    Classes are numbered in the order of their names; a subfolder without a readable image is not
+    one. Hidden files do not count. Exits with an error if there is nothing to read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        fail(f"{folder} is not a folder: --dataset is {DATASET_HELP}")
+
+    # What there is, in an order that is the same on every system.
+    found = [file.relative_to(folder) for file in (*folder.glob("*"), *folder.glob("*/*"))]
+    found = [file for file in found if not any(part.startswith(".") for part in file.parts)]
+    found.sort(key=lambda file: file.as_posix())
+
+    # The image files among it.
+    endings = Image.registered_extensions()
+    files = [f for f in found if f.suffix.lower() in endings and (folder / f).is_file()]
+    flat = [file for file in files if len(file.parts) == 1]
+    in_subfolders = [file for file in files if len(file.parts) == 2]
+    files = in_subfolders if len(in_subfolders) > len(flat) else flat
+    if not files:
+        fail(f"{folder} holds no images, neither in itself nor in one subfolder per class")
+
+    # Their pixels. Threads speed this up, as Pillow releases the interpreter's lock.
+    pixels = np.empty((len(files), 3, size, size), np.uint8)
+    readable = []
+    with ThreadPool() as pool:
+        decoded = pool.imap(lambda file: decode_image(folder / file, size), files)
+        for file, image in zip(files, tqdm(decoded, "decoding", len(files), delay=2), strict=True):
+            if image is not None:
+                pixels[len(readable)] = image
+                readable.append(file)
+    if not readable:
+        fail(f"{folder} holds {len(files)} image files, and none of them can be read")
+    images = torch.from_numpy(pixels[: len(readable)])
+    if all((part == part[:, :1]).all() for part in images.split(1000)):
+        images = images[:, :1].contiguous()
+
+    # Their labels. A flat folder has one nameless parent, which is no class.
+    parents = [file.parent.name for file in readable]
+    names = sorted(set(parents))
+    number_of = {name: number for number, name in enumerate(names)}
+    labels = torch.tensor([number_of[parent] for parent in parents])
+    classes = [name for name in names if name]
+
+    # What was left out.
+    was_read = set(readable)
+    unreadable = [file.as_posix() for file in files if file not in was_read]
+    used = {*files, *map(Path, classes)}
+    ignored = [file.as_posix() for file in found if file not in used]
+    messages = []
+    if unreadable:
+        reason = "cannot be read (damaged, too large, or with 32-bit or float pixels)"
+        messages.append(f"{len(unreadable):,} images {reason}: {first_ten(unreadable)}")
+    if ignored:
+        messages.append(f"{len(ignored):,} files and folders are ignored: {first_ten(ignored)}")
+    return images, labels, classes, messages
+
+
+def decode_image(file, size):
+    """The first frame of an image file as uint8 (3, size, size): turned as its EXIF orientation
+    says, with white behind transparent pixels, its middle square resized with antialiasing. None
+    if Pillow cannot read it, or if it has 32-bit or float pixels, whose range is unknown."""
     try:
-        images, readable = torch.load(cache, mmap=True, weights_only=True)[key]
-    except Exception:  # missing, stale, torn or foreign
-        images, readable = _decode([paths[name] for name in names], size)
-        if not any(readable):
-            fail(f"{folder} holds {len(names)} image files, of which none can be read")
-        with replacing(cache, lock=True) as f:
-            torch.save({key: (images, readable)}, f)
-    skipped = [name for name, ok in zip(names, readable, strict=True) if not ok]
-    parents = [name.rpartition("/")[0] for name, ok in zip(names, readable, strict=True) if ok]
-    classes = sorted(set(parents) - {""})
-    note = f" ({', '.join(classes)})" if classes else ""
-    for what, left_out in (("unreadable, skipped", skipped), ("ignored", sorted(others))):
-        note += f"; {len(left_out):,} {what}: {', '.join(left_out[:10])}" if left_out else ""
-    number = {name: k for k, name in enumerate(classes or [""])}
-    return images, torch.tensor([number[parent] for parent in parents]), classes, note
-
-
-def _decode(paths, size):
-    """The readable images as uint8 (N, 1 or 3, size, size), and for each path whether it was one."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-
-    def decode(k):
-        image = decode_image(paths[k], size)
-        images[k] = 0 if image is None else torch.from_numpy(image)
-        return image is not None
-
-    with ThreadPool() as pool:  # threads do: Pillow works without the interpreter's lock
-        readable = list(tqdm(pool.imap(decode, range(len(paths))), "decoding", len(paths), unit="image"))
-    images = images if all(readable) else images[torch.tensor(readable)]
-    grey = all((part == part[:, :1]).all() for part in images.split(1000))
-    return images[:, :1].contiguous() if grey else images, readable
-
-
-def decode_image(path, size):
-    """One image file as uint8 (3, size, size), or None where Pillow cannot read it: the first frame, turned
-    as its EXIF orientation says, transparency on white, the middle square resized with antialiasing."""
-    try:
-        with Image.open(path) as image:
-            image.draft(None, (size, size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8, still above `size`
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # 16 bits, which `convert` would clip
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        with Image.open(file) as image:
+            # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster.
+            image.draft(None, (size, size))
+            # Pillow opens 16-bit PGM files, and in some versions PNG files, as if they had 32 bits.
+            has_16_bits = image.mode == "I" and image.format in ("PPM", "PNG")
+            if image.mode in ("I", "F") and not has_16_bits:
+                return None
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
             return np.array(image).transpose(2, 0, 1)
-    except Exception:  # Pillow's many readers raise many things; each means that this file is no image
+    except Exception:  # Pillow's many readers raise many things; each means that this is no image
         return None
 
 
-# ------------------------------------------------------------------------------------------ run files out
-
-
-@contextlib.contextmanager
-def replacing(path, lock=False):
-    """`with replacing(path) as f:` a binary file that takes the place of `path` at the end, whole or not at
-    all. Fails where it cannot be written."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_name(".lock")) if lock else contextlib.nullcontext():
-            with open(tmp, "wb") as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:  # the latter is what torch.save makes of a full disk
-        with contextlib.suppress(OSError):
-            tmp.unlink()
-        fail(f"{path} cannot be written ({e}); what was there is unchanged")
-
-
-def open_run(args, state):
-    """The step to go on from: 0, or with --resume the checkpoint's, read into `state`, names to modules,
-    optimisers and tensors. Fails where it is damaged, another script's, or the data is not the run's."""
-    _claim(args)
-    for part in state.values():
-        for group in getattr(part, "param_groups", ()):  # an optimiser's
-            group["capturable"] = args.cuda_graph
-    if args.tensorboard:
-        args.run.board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.out_dir)
-    if not args.resume:
-        return 0
-    saved = _read_checkpoint(args, state)
-    if saved["data"] != args.run.data:
-        fail(f"{args.out_dir} was trained on other images than {args.dataset}: leave --dataset out")
-    args.run.log, args.run.seconds = saved["log"], saved["seconds"]
-    with replacing(Path(args.out_dir, "log.csv")) as f:  # rows after the checkpoint will come again
-        f.write(saved["log"].encode())
-    torch.manual_seed(args.seed + saved["step"])  # for a run from another kind of device: new noise
-    if saved["rng"].shape == args.run.random.get_rng_state().shape:
-        args.run.random.set_rng_state(saved["rng"])
-    return saved["step"]
-
-
-def _contents(args, step, state):
-    flags = {k: v for k, v in vars(args).items() if k not in _OF_ONE_START}
-    parts = {k: v if isinstance(v, torch.Tensor) else v.state_dict() for k, v in state.items()}
-    run, rng = args.run, args.run.random.get_rng_state()
-    saved = {"script": run.script, "args": flags, "data": run.data, "log": run.log, "seconds": run.seconds}
-    return {**saved, "step": step, "state": parts, "rng": rng}
-
-
-def _same_form(now, then):
-    """Whether `then` can stand where `now` does: the same entries, types and shapes, and finite numbers."""
-    if isinstance(now, dict) and isinstance(then, dict):
-        return now.keys() == then.keys() and all(_same_form(now[k], then[k]) for k in now)
-    if isinstance(now, torch.Tensor) and isinstance(then, torch.Tensor):
-        return (now.shape, now.dtype) == (then.shape, then.dtype) and bool(then.isfinite().all())
-    return type(now) is type(then)
-
-
-def _read_checkpoint(args, state):
-    """The checkpoint in `args.out_dir`, read into the parts of `state` after all of it has been checked."""
-    path = Path(args.out_dir, "checkpoint.pt")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        then = {name: saved["state"][name] for name in state}
-        for name, part in state.items():
-            if isinstance(part, torch.optim.Optimizer):
-                if then[name]["state"]:  # empty before the first step
-                    for p in part.param_groups[0]["params"]:
-                        p.grad = torch.zeros_like(p)
-                    part.step()  # moves nothing without gradients, and makes the entries to compare with
-                # How it runs, as fused or capturable, is for this start to say; the rest is in the flags.
-                then[name] = {**then[name], "param_groups": part.state_dict()["param_groups"]}
-        now = _contents(args, 0, state)
-        ours = (saved["script"], saved["rng"].ndim) == (args.run.script, 1)
-        if not ours or not _same_form(now, {**saved, "state": then, "rng": now["rng"]}):
-            raise ValueError
-        for name, part in state.items():
-            (part.copy_ if isinstance(part, torch.Tensor) else part.load_state_dict)(then[name])
-        return saved
-    except Exception:  # torn files, foreign pickles and edited dictionaries raise many things
-        fail(
-            f"{path} is missing, damaged, or no checkpoint of this {args.run.script}.py; nothing was changed"
-        )
-
-
-def save_checkpoint(args, step, state):
-    """Writes `args.out_dir/checkpoint.pt`, for `torch.load`, and args.json. Fails where a weight is not
-    finite: the last good checkpoint stays."""
-    saved = _contents(args, step, state)
-    if not _same_form(saved["state"], saved["state"]):
-        fail(f"the weights are not finite at step {step}; the checkpoint is from before; try a lower --lr")
-    with replacing(Path(args.out_dir, "checkpoint.pt")) as f:
-        torch.save(saved, f)
-    with replacing(Path(args.out_dir, "args.json")) as f:
-        f.write(json.dumps({**saved["args"], **saved["data"], "torch": torch.__version__}, indent=1).encode())
+# ------------------------------------------------------------------------------------- pictures out
 
 
 def save_grid(args, step, images, columns=8):
-    """Writes images (N, C, S, S) in [-1, 1] as a grid, `args.out_dir/samples/<step>.png`, `columns` in a row,
-    enlarged by a whole factor to 512 px or more."""
+    """Writes images (N, C, S, S) in [-1, 1] as one grid, samples/<step>.png in `args.out_dir`, with
+    `columns` images in a row, enlarged by a whole factor to 512 pixels or more."""
     grid = torchvision.utils.make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
-    times = math.ceil(512 / max(grid.shape[1:]))
-    with replacing(Path(args.out_dir, "samples", f"{step:06d}.png")) as f:
-        torchvision.utils.save_image(grid.repeat_interleave(times, 1).repeat_interleave(times, 2), f, "png")
-    if args.run.board:
-        args.run.board.add_image("samples", grid, step)
+    factor = math.ceil(512 / max(grid.shape[1:]))
+    enlarged = F.interpolate(grid[None], scale_factor=factor)
+    file = Path(args.out_dir, "samples", f"{step:06d}.png")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torchvision.utils.save_image(enlarged, file)
+    if args.tensorboard:
+        summary_writer(args.out_dir).add_image("samples", grid, step)
 
 
-def generate(args, state, draw):
-    """Writes `args.generate` images to `args.out_dir/generated/000000.png`, ..., the same for the same seed:
-    `draw(n)` gives n, (n, C, S, S) in [-1, 1]; with a flag --label `draw(n, y)` does, of that class or all in
-    turn, as the names say (`000003_class3.png`). Fails where that folder exists; it appears when complete."""
-    folder, tmp = Path(args.out_dir, "generated"), Path(args.out_dir, "generated.tmp")
+def generate(args, draw, labels=None):
+    """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`, the same ones
+    for the same `args.seed`. `draw(n)` returns n images (n, C, S, S) in [-1, 1].
+
+    With `labels`, int64 (`args.generate`,), `draw(n, y)` returns n images of the classes y,
+    (n,), and the file names have the class: 000003_class7.png. Exits with an error if the folder
+    exists.
+    """
+    folder = Path(args.out_dir, "generated")
     if folder.exists():
         fail(f"{folder} exists: move or delete it")
-    _read_checkpoint(args, state)
+    folder.mkdir()
     torch.manual_seed(args.seed)
-    y = torch.arange(args.generate + 100, device=args.device) % max(1, len(args.run.data["classes"]))
-    y = y if getattr(args, "label", None) is None else torch.full_like(y, args.label)
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        tmp.mkdir()
-        for k in tqdm(range(args.generate), "generating", unit="image"):
-            if k % 100 == 0:
-                images = draw(100, y[k : k + 100]) if hasattr(args, "label") else draw(100)
-                images = images.add(1).mul(127.5).round().byte().cpu()
-            label = f"_class{y[k]}" if hasattr(args, "label") else ""
-            TF.to_pil_image(images[k % 100]).save(tmp / f"{k:06d}{label}.png")
-        tmp.rename(folder)
-    except OSError as e:
-        fail(f"{tmp} cannot be written ({e})")
+    for first in tqdm(range(0, args.generate, 100), "generating, 100 at a time"):
+        n = min(100, args.generate - first)
+        if labels is None:
+            images = draw(n)
+            suffixes = [""] * n
+        else:
+            y = labels[first : first + n]
+            images = draw(n, y)
+            suffixes = [f"_class{label}" for label in y.tolist()]
+        images = images.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+        for k in range(n):
+            file = folder / f"{first + k:06d}{suffixes[k]}.png"
+            TF.to_pil_image(images[k]).save(file)
     print(folder)
 
 
-def steps(args, first):
-    """(step, log_due, save_due) of the steps first + 1 ... args.steps, with a progress bar. Saves are due
-    every `args.save_every` steps and at the last, log rows every `args.log_every` and with each save. At the
-    first Ctrl-C, SIGTERM or SIGHUP one more step saves, and exits with 128 plus its number; a second ends."""
-    came = []
+# ----------------------------------------------------------------------------------- files of a run
 
-    def on_signal(number, frame):
-        came.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # no print: one may be what was interrupted
-            os.write(2, b"\nsaving after one more step; once more ends it at once\n")
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP, and a thread may set no handlers
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    numbers = numbers if threading.current_thread() is threading.main_thread() else []
-    handlers = {s: signal.getsignal(s) for s in numbers}
-    for s, handler in handlers.items():
-        signal.signal(s, handler if handler == signal.SIG_IGN else on_signal)  # nohup ignores one
-    args.run.started = time.monotonic() - args.run.seconds
-    bar = tqdm(range(first + 1, args.steps + 1), None, args.steps, initial=first, unit="step", mininterval=1)
+@contextmanager
+def atomic_write(file):
+    """Opens a binary file that replaces `file` atomically at the end of the block. Until then,
+    and after an error or a kill at any moment, `file` is as it was."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, file)
+
+
+def start_run(args, data, state):
+    """Prepares the folder of the run and returns the number of steps that are done: 0 in a new run.
+
+    `state` holds the networks, optimisers and tensors of the run by name. With --resume, they
+    are loaded from the checkpoint and the random numbers continue where they were; with
+    --generate, they are loaded; with --init, only G and D are. Exits with an error if the
+    checkpoint or the data does not fit.
+    """
+    folder = Path(args.out_dir)
+    checkpoint = folder / "checkpoint.pt"
+
+    # On CUDA, optimisers count their steps on the GPU, where a CUDA graph needs the count.
+    for part in state.values():
+        if isinstance(part, torch.optim.Optimizer):
+            for group in part.param_groups:
+                group["capturable"] = args.device not in ("cpu", "mps")
+
+    if args.generate:
+        saved = load_state(args, data, checkpoint, state)
+        return saved["step"]
+
+    if args.resume:
+        saved = load_state(args, data, checkpoint, state)
+        check_data(args, data, saved)
+        first = saved["step"]
+        drop_rows_after(first, folder / "log.csv")
+        # On another kind of device, the run gets new random numbers.
+        if saved["device"] == torch.device(args.device).type:
+            random_module(args).set_rng_state(saved["random"])
+        else:
+            torch.manual_seed(args.seed + first)
+    else:
+        first = 0
+        clear_unfinished_run(folder)
+        if args.init:
+            load_state(args, data, args.init, {"G": state["G"], "D": state["D"]})
+
+    about = {**run_flags(args), **facts(data), "torch": torch.__version__}
+    with atomic_write(folder / "args.json") as f:
+        f.write(json.dumps(about, indent=1).encode())
+    return first
+
+
+def run_flags(args):
+    """The flags that belong to the run, by name."""
+    return {name: value for name, value in vars(args).items() if name not in START_FLAGS}
+
+
+def facts(data):
+    """What a run keeps of its dataset, by name."""
+    return {"number": data.number, "channels": data.channels, "classes": data.classes}
+
+
+def clear_unfinished_run(folder):
+    """Removes the log and the grids of a run that ended before its first checkpoint."""
+    if (folder / "args.json").exists():
+        (folder / "log.csv").unlink(missing_ok=True)
+        for grid in folder.glob("samples/*.png"):
+            grid.unlink()
+    elif (folder / "log.csv").exists():
+        fail(f"{folder} contains a log.csv that no run wrote: choose another --out-dir")
+
+
+def random_module(args):
+    """The module of torch that has the state of a run's random numbers."""
+    if args.device == "cpu":
+        return torch.random
+    if args.device == "mps":
+        return torch.mps
+    return torch.cuda
+
+
+def read_checkpoint(file, script):
+    """The contents of a checkpoint, on the CPU. Exits with an error if it does not exist, cannot
+    be read, or was written by another script."""
+    if not os.path.exists(file):
+        fail(f"{file} does not exist")
     try:
-        for step in bar:
-            stop = bool(came)
-            save_due = stop or step == args.steps or step % args.save_every == 0
-            yield step, save_due or step % args.log_every == 0, save_due
-            bar.set_postfix(args.run.shown, refresh=False)
-            if stop:
-                break
-    finally:
-        bar.close()
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-    if came:
-        print(f"saved at step {step}: {args.run.command} continues", file=sys.stderr)
-        sys.exit(128 + came[0])
-    print(f"{args.out_dir}/samples/{max(first, args.steps):06d}.png")
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        writer = saved["args"]["script"]
+    except Exception as error:  # torn files and foreign pickles raise many things
+        fail(f"{file} cannot be read as a checkpoint ({one_line(error)})")
+    if writer != script:
+        fail(f"{file} was written by {writer}.py, not by {script}.py")
+    return saved
 
 
-def log(args, step, **values):
-    """Writes a row to log.csv, step, seconds and the scalar tensors `values`, and shows them on the bar.
-    Reading them is the loop's one host sync. Fails where one is not finite."""
+def check_data(args, data, saved):
+    """Exits with an error if the dataset has other channels or classes than that of the saved
+    run, and warns if it has another number of images."""
+    for name, now in facts(data).items():
+        before = saved["data"][name]
+        message = f"{args.dataset}: {name} is {now}, but the run in {args.out_dir} has {before}"
+        if now != before and name == "number":
+            warn(message)
+        elif now != before:
+            fail(message)
+
+
+def load_state(args, data, file, state):
+    """Loads the parts of `state` from a checkpoint file and returns all that the file holds. Exits
+    with an error if it cannot be read or does not fit."""
+    saved = read_checkpoint(file, args.script)
+    try:
+        for name, part in state.items():
+            before = saved["state"][name]
+            if isinstance(part, torch.Tensor):
+                part.copy_(before)
+            elif isinstance(part, torch.optim.Optimizer):
+                # Its settings are in the flags; the rest of its state is in the checkpoint.
+                settings = part.state_dict()["param_groups"]
+                part.load_state_dict({"state": before["state"], "param_groups": settings})
+            else:
+                part.load_state_dict(before)
+    except (KeyError, RuntimeError, ValueError):
+        before = {**saved["args"], **saved["data"]}
+        now = {**run_flags(args), **facts(data)}
+        other = [f"{k} {v}" for k, v in before.items() if v != now.get(k) and k not in MAY_CHANGE]
+        fail(f"{file} does not fit these networks. What differs in its run: {', '.join(other)}")
+    return saved
+
+
+def save_checkpoint(args, data, step, state):
+    """Writes checkpoint.pt in `args.out_dir`: a dict of the run's flags ("args"), "data",
+    "step", "state" and random numbers, for torch.load. Exits with an error if a weight is not
+    finite; the checkpoint from before stays."""
+    for name, part in state.items():
+        if isinstance(part, torch.nn.Module):
+            finite = [weight.isfinite().all() for weight in part.state_dict().values()]
+            if not all(finite):
+                fail(f"a weight of {name} is not finite at step {step}: try a lower --lr")
+
+    parts = {}
+    for name, part in state.items():
+        parts[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
+    saved = {
+        "args": run_flags(args),
+        "data": facts(data),
+        "step": step,
+        "state": parts,
+        "device": torch.device(args.device).type,
+        "random": random_module(args).get_rng_state(),
+    }
+    with atomic_write(Path(args.out_dir, "checkpoint.pt")) as f:
+        torch.save(saved, f)
+
+
+def log(args, step, values):
+    """Adds a row to log.csv in `args.out_dir`: step, time in Unix seconds, and `values`, scalar
+    tensors by name. Returns them as numbers, for which it waits for the device. Exits with an
+    error if one is not finite."""
     numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-    args.run.shown = {name: f"{v:.4g}" for name, v in numbers.items()}
-    if not all(map(math.isfinite, numbers.values())):
-        fail(f"step {step} is not finite {args.run.shown}; the checkpoint is from before; try a lower --lr")
-    header = "" if args.run.log else ",".join(["step", "seconds", *values]) + "\n"
-    args.run.seconds = time.monotonic() - args.run.started
-    row = f"{header}{step},{args.run.seconds:.2f},{','.join(f'{v:.5g}' for v in numbers.values())}\n"
-    args.run.log += row
-    try:
-        with open(Path(args.out_dir, "log.csv"), "a") as f:
-            f.write(row)
-    except OSError as e:
-        fail(f"{args.out_dir}/log.csv cannot be written ({e})")
-    if args.run.board:
-        for name, value in numbers.items():
-            args.run.board.add_scalar(name, value, step)
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            fail(f"{name} is {number} at step {step}: try a lower --lr")
+
+    file = Path(args.out_dir, "log.csv")
+    is_new = not file.exists()
+    with open(file, "a", newline="") as f:
+        rows = csv.writer(f, lineterminator="\n")
+        if is_new:
+            rows.writerow(["step", "time", *numbers])
+        rounded = [f"{number:.5g}" for number in numbers.values()]
+        rows.writerow([step, f"{time.time():.2f}", *rounded])
+    if args.tensorboard:
+        for name, number in numbers.items():
+            summary_writer(args.out_dir).add_scalar(name, number, step)
+    return numbers
 
 
-def cuda_graphs(args, *functions):
-    """The functions; with --cuda-graph each is captured at its fourth call as one CUDA graph and replayed
-    from then on. They take and return tensors of fixed shape on the device, and neither wait for it nor
-    depend on values there. Fails where a capture does: CUDA's random numbers cannot be trusted after it."""
+def drop_rows_after(step, file):
+    """Drops the rows of a log.csv that will come again, those after `step`, and a torn last one."""
+    if not file.exists():
+        return
+    header, *rows = file.read_text().splitlines(keepends=True)
+    rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    with atomic_write(file) as f:
+        f.write("".join([header, *rows]).encode())
+
+
+@functools.cache
+def summary_writer(folder):
+    """TensorBoard's writer for a folder, opened once."""
+    from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+    return SummaryWriter(folder)
+
+
+# ------------------------------------------------------------------------------------------ on CUDA
+
+
+def cuda_graph(args, data, update):
+    """Returns `update`, or with --cuda-graph a function that does the same by replaying a CUDA
+    graph.
+
+    `update()` draws its noise and minibatches itself, never waits for the device, and returns a
+    dict of tensors. It cannot be captured, and is returned as it is, if the images are in host
+    memory.
+    """
     if not args.cuda_graph:
-        return functions
+        return update
+    if data.images.device.type == "cpu":
+        warn("--cuda-graph has no effect, as the images do not fit in the memory of the GPU")
+        return update
+
+    # A capture must not depend on work of the default stream.
     torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.Stream())  # captures must not depend on work of the default stream
+    torch.cuda.set_stream(torch.cuda.Stream())
+    graph = torch.cuda.CUDAGraph()
+    calls = 0
+    values = {}
 
-    def detached(result):  # with its history it would keep autograd's nodes and their stream
-        return result.detach() if isinstance(result, torch.Tensor) else [t.detach() for t in result]
+    def run_update():
+        # A tensor that is not detached would keep the memory of the whole update.
+        for name, value in update().items():
+            values[name] = value.detach()
 
-    def calls(function):
-        inputs = yield
-        for _ in range(3):  # lazy initialisation is not to be captured
-            inputs = yield detached(function(*inputs))
-        graph, buffers = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-        try:
-            with torch.cuda.graph(graph):
-                outputs = detached(function(*buffers))
-        except RuntimeError as e:
-            fail(f"no CUDA graph ({e}): {args.run.command} goes on without one")
-        while True:
-            graph.replay()
-            inputs = yield outputs
-            for buffer, x in zip(buffers, inputs, strict=True):
-                buffer.copy_(x)
+    def graphed_update():
+        nonlocal calls
+        calls += 1
+        # The first calls run as they are: what they initialise lazily must not be captured.
+        if calls <= 3:
+            run_update()
+            return values
+        # Capturing an update records it, without running it.
+        if calls == 4:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                run_update()
+        # A replay runs it, and writes to the same tensors.
+        graph.replay()
+        return values
 
-    generators = [calls(function) for function in functions]
-    for generator in generators:
-        next(generator)
-    return [lambda *inputs, g=generator: g.send(inputs) for generator in generators]
+    return graphed_update

@@ -2,54 +2,54 @@
 
 Goodfellow et al. 2014, Generative Adversarial Networks. https://arxiv.org/abs/1406.2661
 
-    D:  max  E[log sigmoid(D(x))] + E[log(1 - sigmoid(D(G(z))))]
-    G:  max  E[log sigmoid(D(G(z)))]    (--saturating: min E[log(1 - sigmoid(D(G(z))))])
+    D:  min  -E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(G(z))))]
+    G:  min  -E[log sigmoid(D(G(z)))]    (--saturating: E[log(1 - sigmoid(D(G(z))))])
 
 The first of the seven; read dcgan.py beside it.
 
-The paper leaves sizes open; layers, maxout and dropout are those of the authors' mnist.yaml
-(github.com/goodfeli/adversarial). Deviations from it: Adam at 1e-3, where it has SGD with momentum and a
-decaying rate; z is N(0, I), where it is uniform; G ends in tanh, not a sigmoid, and D maps its images to
-[0, 1]; weights start as N(0, 0.02), not uniform, and G's output biases at 0, not from the pixels' means;
-32 px, padded; D and G are updated in turn, as in Algorithm 1, not at once on the same fakes.
+The paper leaves sizes open. Layers, maxout and dropout follow the authors' mnist.yaml
+(github.com/goodfeli/adversarial). Deviations from it:
+- Adam at 1e-3; it has SGD with momentum, starting at a rate of 0.1 that decays.
+- z is N(0, I), not U(-sqrt(3), sqrt(3)).
+- G ends in tanh, not a sigmoid, and D maps its images to [0, 1].
+- D's loss is the sum of both expectations, not half of it.
+- Weights start as N(0, 0.02), not uniform, and G's output biases as 0, not from the pixels' means.
+- Images have 32 pixels: MNIST's are padded.
+- D and G are updated in turn, as in Algorithm 1, not at once on the same fakes.
 
     python gan.py --width 800 --steps 14000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
-import common
 import torch
 from torch import nn
+from tqdm import tqdm
+
+import common
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    p.add_argument("--batch-size", type=int, default=100, help="images per update")
-    p.add_argument("--z-dim", type=int, default=100, help="dimensions of the noise z")
-    p.add_argument("--width", type=int, default=1200, help="units of the layer next to the image")
-    p.add_argument("--lr", type=float, default=1e-3, help="learning rate of both optimisers")
-    p.add_argument("--beta1", type=float, default=0.5, help="Adam: decay of the mean gradient")
-    p.add_argument("--beta2", type=float, default=0.999, help="Adam: decay of the mean squared gradient")
-    p.add_argument("--n-critic", type=int, default=1, help="D updates per G update")
-    p.add_argument("--saturating", action="store_true", help="G minimises log(1 - sigmoid(D(G(z)))), eq. 1")
-    p.add_argument("--dataset", default="mnist", help="mnist, fashion-mnist, cifar10, digits, or a folder")
-    p.add_argument("--data-dir", default="data", help="where datasets are looked for and downloaded to")
-    p.add_argument("--image-size", type=int, default=32, help="side in pixels: 16, 32, 64, ... 1024")
-    p.add_argument("--steps", type=int, default=20_000, help="generator updates")
-    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same run")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1, ...")
-    p.add_argument("--out-dir", default="runs/{script}-{dataset}", help="this run's folder")
-    p.add_argument("--log-every", type=int, default=50, help="steps between rows of log.csv")
-    p.add_argument("--save-every", type=int, default=500, help="steps between grids and checkpoints")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
-    p.add_argument("--generate", type=int, metavar="N", help="write N images from the run in --out-dir, stop")
-    p.add_argument("--tensorboard", action="store_true", help="also log there, into --out-dir")
-    p.add_argument("--cuda-graph", action="store_true", help="on CUDA: replay both steps as graphs")
-    return common.parse_args(p, argv, __file__)
+    p = ArgumentParser(
+        prog="gan.py",
+        description=__doc__.splitlines()[0],
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--batch-size", type=common.positive_int, default=100, help="images per update")
+    p.add_argument("--z-dim", type=common.positive_int, default=100, help="dimensions of z")
+    p.add_argument("--width", type=common.positive_int, default=1200, help="units of G's layers")
+    p.add_argument("--lr", type=common.positive_float, default=1e-3, help="learning rate")
+    p.add_argument("--beta1", type=common.fraction, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=common.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--n-critic", type=common.positive_int, default=1, help="D updates per G update")
+    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument(
+        "--saturating", action="store_true", help="G minimises log(1 - sigmoid(D(G(z))))"
+    )
+    return common.parse_args(p, argv)
 
 
-# ---------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 class Generator(nn.Module):
@@ -57,9 +57,10 @@ class Generator(nn.Module):
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
-        shape = (channels, image_size, image_size)
-        layers = [nn.Linear(z_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-        layers += [nn.Linear(width, channels * image_size**2), nn.Tanh(), nn.Unflatten(1, shape)]
+        layers = [nn.Linear(z_dim, width), nn.ReLU()]  # 1200
+        layers += [nn.Linear(width, width), nn.ReLU()]  # 1200
+        layers += [nn.Linear(width, channels * image_size**2), nn.Tanh()]  # channels * 32 * 32
+        layers += [nn.Unflatten(1, (channels, image_size, image_size))]
         self.net = nn.Sequential(*layers).apply(init_weights)
 
     def forward(self, z):
@@ -67,7 +68,7 @@ class Generator(nn.Module):
 
 
 class Maxout(nn.Module):
-    """(N, n_in) -> (N, n_out): each output is the largest of 5 linear functions (arXiv 1302.4389)."""
+    """(N, n_in) -> (N, n_out), each output the largest of 5 linear functions: arXiv 1302.4389."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -82,60 +83,68 @@ class Discriminator(nn.Module):
 
     def __init__(self, width, channels, image_size):
         super().__init__()
-        c = max(1, width // 5)  # 240 maxout units at the default width, as the authors have
-        layers = [nn.Flatten(), nn.Dropout(0.2), Maxout(channels * image_size**2, c), nn.Dropout(0.5)]
-        layers += [Maxout(c, c), nn.Dropout(0.5), nn.Linear(c, 1)]
+        c = max(1, width // 5)  # maxout units: 240 at the default width, as in the authors' code
+        layers = [nn.Flatten(), nn.Dropout(0.2)]  # channels * 32 * 32
+        layers += [Maxout(channels * image_size**2, c), nn.Dropout(0.5)]  # 240
+        layers += [Maxout(c, c), nn.Dropout(0.5)]  # 240
+        layers += [nn.Linear(c, 1)]  # 1
         self.net = nn.Sequential(*layers).apply(init_weights)
 
     def forward(self, x):
-        return self.net((x + 1) / 2).flatten()  # pixels in [0, 1]: a dropped one is black, not grey
+        x = (x + 1) / 2  # to [0, 1], so that a dropped pixel is black and not grey
+        return self.net(x).flatten()
 
 
 def init_weights(m):
-    """Weights N(0, 0.02) (DCGAN, section 4), batch norm gains N(1, 0.02) and biases 0 (its authors' code)."""
-    if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-        nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
-        if m.bias is not None:
-            nn.init.zeros_(m.bias)
+    """Weights with mean 0 and standard deviation 0.02, biases 0. The authors' mnist.yaml has
+    U(-0.05, 0.05) in G and U(-0.005, 0.005) in D."""
+    if isinstance(m, nn.Linear):
+        nn.init.normal_(m.weight, 0.0, 0.02)
+        nn.init.zeros_(m.bias)
 
 
-# ------------------------------------------------------------------------------------------------ losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def d_loss(d_real, d_fake):
-    """-E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(G(z))))], scores (N,): Goodfellow et al. 2014, eq. 1."""
+    """-E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(G(z))))], from scores (N,): Goodfellow et al.
+    2014, eq. 1."""
     return -nn.functional.logsigmoid(d_real).mean() - nn.functional.logsigmoid(-d_fake).mean()
 
 
 def g_loss(d_fake, saturating=False):
-    """-E[log sigmoid(D(G(z)))], from scores (N,): non-saturating, Goodfellow et al. 2014, section 3.
-    Saturating: E[log(1 - sigmoid(D(G(z))))], G's side of their eq. 1."""
+    """-E[log sigmoid(D(G(z)))], from scores (N,): Goodfellow et al. 2014, section 3, the loss that
+    does not saturate. With `saturating`, E[log(1 - sigmoid(D(G(z))))]: G's side of their eq. 1."""
     if saturating:
         return nn.functional.logsigmoid(-d_fake).mean()
     return -nn.functional.logsigmoid(d_fake).mean()
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def main(argv=None):
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    device = torch.device(args.device)
     data = common.load_data(args)
 
-    G = Generator(args.z_dim, args.width, data.channels, args.image_size).to(device)
-    D = Discriminator(args.width, data.channels, args.image_size).to(device)
-    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
-    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
-    fixed_z = torch.randn(64, args.z_dim, device=device)
-    state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
+    # Networks and optimisers.
+    G = Generator(args.z_dim, args.width, data.channels, args.image_size)
+    D = Discriminator(args.width, data.channels, args.image_size)
+    G = G.to(args.device, memory_format=torch.channels_last)
+    D = D.to(args.device, memory_format=torch.channels_last)
+    betas = (args.beta1, args.beta2)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
+
+    # The noise of all grids: they show how the same images change.
+    fixed_z = torch.randn(64, args.z_dim, device=args.device)
 
     def d_step(x_real):
         """One update of D: minimise d_loss, with G fixed."""
         D.requires_grad_(True)
         with torch.no_grad():
-            x_fake = G(torch.randn(args.batch_size, args.z_dim, device=device))
+            x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
         d_real, d_fake = D(x_real), D(x_fake)
         loss_D = d_loss(d_real, d_fake)
         opt_D.zero_grad()
@@ -146,39 +155,53 @@ def main(argv=None):
     def g_step():
         """One update of G: minimise g_loss, with D fixed."""
         D.requires_grad_(False)
-        x_fake = G(torch.randn(args.batch_size, args.z_dim, device=device))
+        x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
         loss_G = g_loss(D(x_fake), args.saturating)
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
         return loss_G
 
+    def update():
+        """One step: n_critic updates of D, each on its own minibatch, then one of G."""
+        for _ in range(args.n_critic):
+            x_real, _ = common.sample_batch(args, data)
+            loss_D, d_real, d_fake = d_step(x_real)
+        loss_G = g_step()
+        return {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
+
     @torch.no_grad()
     def sample(z):
-        """G's images of z in evaluation mode: batch norm uses its running statistics."""
+        """G's images of z in evaluation mode, in which batch norm uses its running statistics."""
         x = G.eval()(z)
         G.train()
         return x
 
-    def save(step):
-        common.save_grid(args, step, sample(fixed_z))
-        common.save_checkpoint(args, step, state)
+    def draw(n):
+        """n images of new noise, for --generate."""
+        return sample(torch.randn(n, args.z_dim, device=args.device))
 
+    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
+    first = common.start_run(args, data, state)
     if args.generate:
-        return common.generate(args, state, lambda n: sample(torch.randn(n, args.z_dim, device=device)))
-    first = common.open_run(args, state)
-    save(first)
-    d_step, g_step = common.cuda_graphs(args, d_step, g_step)
-    batches = common.batches(args, data, first * args.n_critic)
-    for step, log_due, save_due in common.steps(args, first):
-        for _ in range(args.n_critic):
-            x_real, _ = next(batches)
-            loss_D, d_real, d_fake = d_step(x_real)
-        loss_G = g_step()
-        if log_due:
-            common.log(args, step, loss_D=loss_D, loss_G=loss_G, d_real=d_real, d_fake=d_fake)
+        return common.generate(args, draw)
+    if first == 0:
+        common.save_grid(args, 0, sample(fixed_z))
+
+    # Train.
+    update = common.cuda_graph(args, data, update)
+    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    for step in progress:
+        values = update()
+        save_due = step % args.save_every == 0 or step == args.steps
+
+        # A loss that is not finite stops the run here, before anything is saved.
+        if save_due or step % args.log_every == 0:
+            progress.set_postfix(common.log(args, step, values), refresh=False)
         if save_due:
-            save(step)
+            common.save_grid(args, step, sample(fixed_z))
+            common.save_checkpoint(args, data, step, state)
 
 
 if __name__ == "__main__":

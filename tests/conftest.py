@@ -1,4 +1,3 @@
-import signal
 import threading
 
 import pytest
@@ -8,11 +7,7 @@ from tqdm import tqdm
 # The networks of the tests are too small to be worth splitting between cores.
 torch.set_num_threads(1)
 
-# As in a terminal, also where pytest was started by nohup or in the background, which ignore some.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-# tqdm's own lock is shared with forked children: one that is killed while it holds it would stop everything.
+# tqdm shares a lock with forked children: one that is killed while it holds it stops everything.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
 

@@ -1,19 +1,22 @@
-"""What the tests share: the scripts, small datasets in the real formats, and a way into a script's main."""
+"""What the tests share: the scripts, small datasets in the real formats, and ways into a main."""
 
+import csv
 import hashlib
 import importlib
+import inspect
 import pickle
 import struct
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import common
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
+
+import common
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 CONVOLUTIONAL = NAMES[1:]
@@ -30,7 +33,9 @@ def picture(kind, size=16):
         image[(x - 8) ** 2 + (y - 8) ** 2 < 20] = (230, 60, 30)
     else:
         image[(abs(x - 8) + abs(y - 8) < 3) | (x < 3)] = (20, 220, 240)
-    return np.asarray(Image.fromarray(image.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST))
+    return np.asarray(
+        Image.fromarray(image.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+    )
 
 
 def picture_folder(folder, kinds=(0,), classes=False):
@@ -58,7 +63,8 @@ def write_mnist(data_dir, n=20, folder="MNIST", seed=0):
 
 
 def write_cifar10(data_dir, monkeypatch, n=10, seed=0):
-    """CIFAR-10's python files with n random images in each of 5 batches, torchvision knowing their sums."""
+    """CIFAR-10's files with n random images in each of 5 batches, torchvision knowing their
+    sums."""
     rng = np.random.default_rng(seed)
     folder = Path(data_dir, "cifar-10-batches-py")
     folder.mkdir(parents=True)
@@ -82,53 +88,83 @@ def write_cifar10(data_dir, monkeypatch, n=10, seed=0):
     return np.concatenate(images), np.array(labels)
 
 
-class _EnoughError(Exception):
+SMALL = "--image-size 16 --width 8 --batch-size 4 --z-dim 6 --log-every 5 --save-every 5"
+
+
+def train(name, run, *flags, data="pictures", small=SMALL, device="cpu"):
+    """Runs a script's main on two pictures, one per class, into the folder `run`."""
+    if not Path(data).exists():
+        picture_folder(Path(data), (0, 1), classes=True)
+    argv = ["--dataset", data, "--out-dir", run, "--device", device, *small.split(), *flags]
+    SCRIPTS[name].main([str(flag) for flag in argv])
+
+
+def checkpoint(run):
+    return torch.load(Path(run, "checkpoint.pt"), weights_only=True)
+
+
+def log_rows(run):
+    """The rows of a log.csv without the times, as numbers."""
+    rows = csv.DictReader(Path(run, "log.csv").read_text().splitlines())
+    return [{k: float(v) for k, v in row.items() if k != "time"} for row in rows]
+
+
+def same(a, b):
+    """Two checkpoints, or parts of them, are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+class _Enough(Exception):
     pass
 
 
-def open_script(name, tmp_path, *flags, dataset=None):
-    """Runs a script's main up to its loop, on small networks and a small folder of pictures unless the flags
-    say otherwise. Returns its own d_step, g_step, G, D, opt_G, opt_D, fixed_z, args and batches, and `step`,
-    which takes one step of its loop."""
-    pictures, caught = tmp_path / "pictures", SimpleNamespace()
-    for k in range(0 if dataset or pictures.exists() else 3):
-        (pictures / f"class{k}").mkdir(parents=True)
-        for i in range(3):
-            image = np.roll(picture(k % 2), 3 * i + k, axis=1)
-            Image.fromarray(image).save(pictures / f"class{k}" / f"{i}.png")
+def open_script(name, *flags, run=None, dataset=None):
+    """Runs a script's main up to its loop, on small networks and six pictures of three classes.
+    Returns its own `update` with all that this uses (d_step, g_step, args, data), and what is in
+    `state`."""
+    if dataset is None:
+        dataset = Path("six")
+        for k in range(0 if dataset.exists() else 6):
+            file = dataset / f"class{k % 3}" / f"{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.roll(picture(k % 2), 3 * k, axis=1)).save(file)
+    caught = SimpleNamespace()
 
-    def open_run(args, state, open_run=common.open_run):
+    def start_run(args, data, state, start_run=common.start_run):
         caught.__dict__.update(state, state=state)
-        return open_run(args, state)
+        return start_run(args, data, state)
 
-    def cuda_graphs(args, *steps):
-        caught.d_step, caught.g_step = steps
-        return steps
+    def cuda_graph(args, data, update):
+        caught.__dict__.update(inspect.getclosurevars(update).nonlocals, update=update)
+        raise _Enough
 
-    def batches(args, data, start):
-        caught.args, caught.data = args, data
-        raise _EnoughError
-
-    argv = f"--data-dir {tmp_path}/data --out-dir {tmp_path}/run-{name} --image-size 16 --width 8 --z-dim 6"
-    argv = ["--dataset", dataset or pictures, *argv.split(), "--batch-size", 4, "--device", "cpu", *flags]
-    spies = mock.patch.multiple(common, open_run=open_run, cuda_graphs=cuda_graphs, batches=batches)
-    with spies, pytest.raises(_EnoughError):
-        SCRIPTS[name].main([str(a) for a in argv])
-    caught.batches = common.batches(caught.args, caught.data)
-    caught.step = lambda: take_step(name, caught)
+    argv = ["--dataset", dataset, "--out-dir", run or f"opened-{name}", "--device", "cpu"]
+    argv += [*SMALL.split(), *flags]
+    spies = mock.patch.multiple(common, start_run=start_run, cuda_graph=cuda_graph)
+    with spies, pytest.raises(_Enough):
+        SCRIPTS[name].main([str(flag) for flag in argv])
     return caught
 
 
-def take_step(name, run):
-    """n_critic updates of D, each on its own batch, then one of G: the losses and mean scores of the last."""
-    for _ in range(run.args.n_critic):
-        x_real, *y = next(run.batches)[: 2 if name == "cgan" else 1]
-        loss_D, d_real, d_fake = run.d_step(x_real, *y)
-    return loss_D, run.g_step(*([x_real] if name == "tricks" else y)), d_real, d_fake
+def recorded(monkeypatch, name):
+    """A list to which every later call of the function `name` of common.py adds its result."""
+    results, function = [], getattr(common, name)
+
+    def recording(*args, **kwargs):
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(common, name, recording)
+    return results
 
 
 def networks(name, channels=3, image_size=16, width=8, z_dim=6, seed=0):
-    """A script's own G and D as functions of (z,) and (x,): in cgan the labels are 0, 1, 2, 0, 1, ..."""
+    """A script's own G and D as functions of (z,) and (x,): in cgan the labels are 0, 1, 2, 0,
+    1, ..."""
     torch.manual_seed(seed)
     module = SCRIPTS[name]
     n_classes = [3] if name == "cgan" else []
@@ -136,7 +172,9 @@ def networks(name, channels=3, image_size=16, width=8, z_dim=6, seed=0):
     D = module.Discriminator(width, channels, image_size, *n_classes)
     if name == "cgan":
         for net in (G, D):
-            net.forward = lambda x, forward=net.forward: forward(x, torch.arange(len(x), device=x.device) % 3)
+            net.forward = lambda x, forward=net.forward: forward(
+                x, torch.arange(len(x), device=x.device) % 3
+            )
     return G, D
 
 

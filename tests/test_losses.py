@@ -7,7 +7,9 @@ import torch
 from helpers import DEVICES, SCRIPTS, networks
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-gan, lsgan, wgan, wgan_gp, sngan = (SCRIPTS[n] for n in ("gan", "lsgan", "wgan", "wgan_gp", "sngan"))
+gan, lsgan, wgan, wgan_gp, sngan = (
+    SCRIPTS[n] for n in ("gan", "lsgan", "wgan", "wgan_gp", "sngan")
+)
 REAL, FAKE = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([-0.3, 1.2, -2.0])
 LN2 = math.log(2)
 
@@ -21,7 +23,9 @@ def test_cross_entropy(name):
     assert module.d_loss(REAL, FAKE).item() == pytest.approx(expected.item(), rel=1e-5)
     assert module.g_loss(FAKE).item() == pytest.approx(bce(FAKE, torch.ones(3)).item(), rel=1e-5)
     far = torch.tensor([200.0])
-    assert module.d_loss(-far, far).item() == pytest.approx(400)  # a sigmoid before the log would be infinite
+    assert module.d_loss(-far, far).item() == pytest.approx(
+        400
+    )  # a sigmoid before the log would be infinite
 
 
 def test_saturating():
@@ -54,7 +58,9 @@ def test_hinge():
     zero = torch.zeros(4)
     assert sngan.d_loss(zero, zero).item() == 2
     assert sngan.g_loss(zero).item() == 0
-    assert sngan.d_loss(REAL, FAKE).item() == pytest.approx((0.5 + 2) / 3 + (0.7 + 2.2) / 3, rel=1e-5)
+    assert sngan.d_loss(REAL, FAKE).item() == pytest.approx(
+        (0.5 + 2) / 3 + (0.7 + 2.2) / 3, rel=1e-5
+    )
     assert sngan.g_loss(FAKE).item() == pytest.approx(1.1 / 3, rel=1e-5)
     real = torch.tensor([1.5, 3.0], requires_grad=True)
     fake = torch.tensor([-1.5, -3.0], requires_grad=True)
@@ -64,11 +70,12 @@ def test_hinge():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_gradient_penalty_of_a_linear_critic(channels, device):
-    """D(x) = w.x has the gradient w everywhere, so the penalty is (|w| - 1)^2, all pixels counted."""
-    w = torch.randn(channels * 64, device=device, requires_grad=True)
-    x_real, x_fake = torch.randn(2, 5, channels, 8, 8, device=device)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (7,)])
+def test_gradient_penalty_of_a_linear_critic(shape, device):
+    """D(x) = w.x has the gradient w everywhere, so the penalty is (|w| - 1)^2 over all numbers
+    of x."""
+    w = torch.randn(math.prod(shape), device=device, requires_grad=True)
+    x_real, x_fake = torch.randn(2, 5, *shape, device=device)
     penalty = wgan_gp.gradient_penalty(lambda x: x.flatten(1) @ w, x_real, x_fake)
     norm = w.detach().norm()
     assert penalty.item() == pytest.approx((norm.item() - 1) ** 2, rel=1e-4)
@@ -76,8 +83,18 @@ def test_gradient_penalty_of_a_linear_critic(channels, device):
     assert torch.allclose(w.grad, 2 * (norm - 1) * w.detach() / norm, rtol=1e-4, atol=1e-5)
 
 
+def test_gradient_penalty_does_not_reach_g():
+    """Also where x_fake has a history, as in code that has no torch.no_grad around G."""
+    x_fake = torch.randn(4, 3, 8, 8, requires_grad=True)
+    w = torch.randn(3 * 64, requires_grad=True)
+    penalty = wgan_gp.gradient_penalty(lambda x: (x.flatten(1) @ w) ** 2, x_fake * 0, x_fake * 2)
+    penalty.backward()
+    assert x_fake.grad is None and w.grad.abs().max() > 0
+
+
 def test_gradient_penalty_averages_over_images_not_norms():
-    """D(x) = |x|^2 / 2 has the gradient x, another norm for each image; at x_real = x_fake it is known."""
+    """D(x) = |x|^2 / 2 has the gradient x, another norm for each image; at x_real = x_fake it is
+    known."""
     x = torch.randn(6, 3, 8, 8)
     penalty = wgan_gp.gradient_penalty(lambda x: x.flatten(1).pow(2).sum(1) / 2, x, x)
     expected = ((x.flatten(1).norm(dim=1) - 1) ** 2).mean()
@@ -95,7 +112,8 @@ def test_gradient_penalty_at_zero_gradient():
 
 
 def test_gradient_penalty_mixes_each_image_with_one_uniform_number():
-    """x_hat seen by D: between x_real = 1 and x_fake = 0 it is eps itself, constant within an image."""
+    """x_hat seen by D: between x_real = 1 and x_fake = 0 it is eps itself, constant within an
+    image."""
     torch.manual_seed(0)
     seen = []
 

@@ -15,8 +15,12 @@ def test_shapes_and_ranges(name, image_size, channels, device):
     x = G(3 * torch.randn(5, 6, device=device))
     assert x.shape == (5, channels, image_size, image_size)
     assert x.abs().max() <= 1
-    with torch.no_grad():  # a far larger last layer must still end in [-1, 1]: tanh, and no other range
-        last = [m for m in G.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))][-1]
+    with (
+        torch.no_grad()
+    ):  # a far larger last layer must still end in [-1, 1]: tanh, and no other range
+        last = [
+            m for m in G.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+        ][-1]
         last.weight.mul_(1000)
         wide = G(3 * torch.randn(5, 6, device=device))
     assert wide.max() <= 1 and wide.min() >= -1 and wide.max() > 0.5 and wide.min() < -0.5
@@ -48,7 +52,9 @@ def test_width_is_the_layer_next_to_the_image(name):
     for width in (8, 20):
         G, D = networks(name, width=width)
         weights = [
-            m.weight.shape for m in G.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+            m.weight.shape
+            for m in G.modules()
+            if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
         ]
         first = next(m for m in D.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
         if name == "gan":
@@ -61,8 +67,9 @@ def test_width_is_the_layer_next_to_the_image(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_initialisation(name):
-    """Weights N(0, 0.02), gains N(1, 0.02), biases 0: DCGAN section 4; in sngan the weight under the norm.
-    wgan_gp's critic: N(0, 2 / (1.04 fan_in)), He et al. 2015, eq. 15 with a slope of 0.2."""
+    """Weights N(0, 0.02), gains N(1, 0.02), biases 0: DCGAN section 4; in sngan the weight under
+    the norm. wgan_gp's critic: N(0, 2 / (1.04 fan_in)), He et al. 2015, eq. 15 with a slope of
+    0.2."""
     for net in networks(name, width=40, image_size=32):
         for m in net.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
@@ -82,8 +89,9 @@ def test_initialisation(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_norm(name):
-    """The usual eps and momentum (0.8 as a second positional argument would be eps), no bias before it, none
-    next to the images, and none in the discriminators that must judge each image alone."""
+    """The usual eps and momentum (0.8 as a second positional argument would be eps), no bias
+    before it, none next to the images, and none in the discriminators that must judge each image
+    alone."""
     G, D = networks(name, image_size=32)
     for net in (G, D):
         layers = [m for m in net.modules() if not list(m.children())]
@@ -127,7 +135,8 @@ def test_slopes(name):
 
 
 def test_gan_dropout():
-    """0.2 on the pixels, 0.5 on both hidden layers; D sees [0, 1]: on [-1, 1] a dropped pixel is grey."""
+    """0.2 on the pixels, 0.5 on both hidden layers; D sees [0, 1]: on [-1, 1] a dropped pixel is
+    grey."""
     _, D = networks("gan")
     assert [m.p for m in D.modules() if isinstance(m, nn.Dropout)] == [0.2, 0.5, 0.5]
     seen = []
@@ -137,7 +146,8 @@ def test_gan_dropout():
 
 
 def test_every_weight_of_sngans_discriminator_has_spectral_norm_1():
-    """sigma by SVD: at least 1 while the power iteration is still on its way, 1 when it has arrived."""
+    """sigma by SVD: at least 1 while the power iteration is still on its way, 1 when it has
+    arrived."""
     _, D = networks("sngan", image_size=16, width=4)
     x = torch.randn(2, 3, 16, 16)
     layers = [m for m in D.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -161,7 +171,15 @@ def test_sngan_is_table_3():
     G, D = networks("sngan", image_size=32, width=64, z_dim=128)
     convs = [m for m in D.modules() if isinstance(m, nn.Conv2d)]
     shapes = [(m.out_channels, m.kernel_size[0], m.stride[0]) for m in convs]
-    assert shapes == [(64, 3, 1), (64, 4, 2), (128, 3, 1), (128, 4, 2), (256, 3, 1), (256, 4, 2), (512, 3, 1)]
+    assert shapes == [
+        (64, 3, 1),
+        (64, 4, 2),
+        (128, 3, 1),
+        (128, 4, 2),
+        (256, 3, 1),
+        (256, 4, 2),
+        (512, 3, 1),
+    ]
     deconvs = [m for m in G.modules() if isinstance(m, nn.ConvTranspose2d)]
     shapes = [(m.out_channels, m.kernel_size[0], m.stride[0]) for m in deconvs]
     assert shapes == [(256, 4, 2), (128, 4, 2), (64, 4, 2)]
@@ -169,7 +187,8 @@ def test_sngan_is_table_3():
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_one_stage_per_doubling(name):
-    """dcgan's networks grow by a stage and stay at 4 x 4 inside; sngan's keep their stages, as in Table 3."""
+    """dcgan's networks grow by a stage and stay at 4 x 4 inside; sngan's keep their stages, as
+    in Table 3."""
     for size in (16, 32, 64):
         G, _ = networks(name, image_size=size)
         stages = sum(isinstance(m, nn.ConvTranspose2d) and m.stride == (2, 2) for m in G.modules())

@@ -1,13 +1,14 @@
-"""The metrics of tests/quality.py on sets whose scores are known."""
+"""The metrics of tools/quality.py on sets whose scores are known."""
 
 import json
 
-import common
 import numpy as np
 import pytest
 import quality
 import torch
 from PIL import Image
+
+import common
 
 
 def gaussian(n, d, seed=0):
@@ -15,9 +16,12 @@ def gaussian(n, d, seed=0):
 
 
 def test_frechet_closed_forms():
-    """Between N(m, s^2 I) and N(0, I) it is |m|^2 + d (s - 1)^2: exact when one set is a map of the other."""
+    """Between N(m, s^2 I) and N(0, I) it is |m|^2 + d (s - 1)^2: exact when one set is a map of
+    the other."""
     x = gaussian(2000, 4)
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # now exactly N(0, I)
+    x = (x - x.mean(0)) @ torch.linalg.inv(
+        torch.linalg.cholesky(x.T.cov())
+    ).T  # now exactly N(0, I)
     shift = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
     assert quality.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
     assert quality.frechet_distance(x, x + shift) == pytest.approx(5.25, rel=1e-6)
@@ -31,7 +35,9 @@ def test_frechet_closed_forms():
 def test_classes():
     even, one = torch.arange(1000) % 10, torch.full((1000,), 3)
     assert quality.classes_covered(even, 10) == 10 and quality.classes_covered(one, 10) == 1
-    few = torch.cat([torch.zeros(991), torch.ones(9)]).long()  # 0.9 % is less than a tenth of a share
+    few = torch.cat(
+        [torch.zeros(991), torch.ones(9)]
+    ).long()  # 0.9 % is less than a tenth of a share
     assert quality.classes_covered(few, 10) == 1
 
 
@@ -40,7 +46,9 @@ def test_precision_and_recall():
     assert quality.precision_recall(x, x) == (1, 1)
     assert quality.precision_recall(x, x + 100) == (0, 0)
     both = torch.cat([x, x + 100])
-    precision, recall = quality.precision_recall(both, x)  # one of two modes: all real, half of it covered
+    precision, recall = quality.precision_recall(
+        both, x
+    )  # one of two modes: all real, half of it covered
     assert precision == 1 and recall == pytest.approx(0.5, abs=0.01)
     precision, recall = quality.precision_recall(x, both)
     assert precision == pytest.approx(0.5, abs=0.01) and recall == 1
@@ -71,7 +79,8 @@ def scored(folder, data_dir, capsys, *flags):
 
 
 def test_program(tmp_path, data_dir, capsys, monkeypatch):
-    """Real digits score like the floor, a collapsed set badly; the same twice; the classifier is kept."""
+    """Real digits score like the floor, a collapsed set badly; the same twice; the classifier is
+    kept."""
     draw = common.draw_digits
 
     def fewer_by_class(n, size, seed):
@@ -89,7 +98,9 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
     good = scored(tmp_path / "good", data_dir, capsys)
     assert good["classes"] == 10 and good["label_accuracy"] > 0.6
     assert good["frechet"] < 3 * good["floor"]["frechet"]
-    assert good["floor"]["classes"] == 10, "of a random part of the test images, which may come sorted"
+    assert good["floor"]["classes"] == 10, (
+        "of a random part of the test images, which may come sorted"
+    )
     assert good["floor"]["label_accuracy"] > 0.6, "and of their own labels"
     assert [p.name[:10] for p in data_dir.iterdir()] == ["digits-40-"]
     bad = scored(tmp_path / "bad", data_dir, capsys)
@@ -101,8 +112,10 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
         Image.fromarray(image[0].numpy()).save(tmp_path / "copies" / f"{i}.png")
     scored(tmp_path / "copies", data_dir, capsys, "--neighbours", str(data_dir / "pairs.png"))
     pairs = np.asarray(Image.open(data_dir / "pairs.png"))
-    assert pairs.shape[:2] == (70, 342) and np.array_equal(pairs[:36], pairs[34:]), "copies are found out"
-    with pytest.raises(SystemExit, match="holds no generated images"):
+    assert pairs.shape[:2] == (70, 342) and np.array_equal(pairs[:36], pairs[34:]), (
+        "copies are found out"
+    )
+    with pytest.raises(SystemExit, match="holds 0 images, which is too few"):
         scored(tmp_path, data_dir, capsys)
     Image.new("L", (64, 64)).save(tmp_path / "good" / "walk.png")
     with pytest.raises(SystemExit, match="images of several sizes"):

@@ -1,76 +1,101 @@
 """Each trick of tricks.py against a closed form, in the run it is part of, and on one picture."""
 
+import math
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
-import common
 import numpy as np
 import pytest
 import torch
-from helpers import SCRIPTS, open_script, picture, picture_folder
+from helpers import (
+    checkpoint,
+    log_rows,
+    open_script,
+    picture,
+    picture_folder,
+    recorded,
+    same,
+    train,
+)
 from PIL import Image
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
+import common
 import tricks
 
 REAL, FAKE = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([-0.3, 1.2, -2.0])
-SMALL = "--image-size 16 --width 8 --batch-size 4 --z-dim 6 --log-every 1 --save-every 5 --device cpu"
-BAD = ("--smooth 1", "--noise -1", "--r1 nan", "--ema 1", "--r1 1 --minibatch-kernels 3")
-BAD += ("--feature-matching --minibatch-kernels 3",)
-ONE = "smooth 0.1,flip 0.05,noise 0.2,replay 16,feature-matching,minibatch-kernels 4,r1 0.1,ema 0.9,diffaug"
-ALL = "--smooth 0.1 --flip 0.1 --replay 9 --feature-matching --r1 1 --ema 0.9 --diffaug"
+ONE = "smooth 0.1,flip 0.05,noise 0.2,replay 16,feature-matching,minibatch-kernels 4,r1 0.1"
+ONE += ",ema 0.9,diffaug"
+ALL = "--smooth 0.1 --flip 0.1 --noise 0.1 --replay 9 --feature-matching --r1 1 --ema 0.9 --diffaug"
 
 
-def train(tmp_path, script, folder, flags):
-    """Runs a script on two pictures; returns its checkpoint."""
-    data, run = picture_folder(tmp_path / "pictures", (0, 1)), tmp_path / folder
-    argv = f"--dataset {data} --data-dir {tmp_path}/data --out-dir {run} {SMALL} {flags}"
-    SCRIPTS[script].main(argv.split())
-    return torch.load(run / "checkpoint.pt", weights_only=True)
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
-
-
-def losses(saved):
-    return [row.split(",")[2:] for row in saved["log"].splitlines()]
-
-
-def test_without_flags_it_is_dcgan(tmp_path):
-    ours, theirs = (train(tmp_path, name, name, "--steps 6") for name in ("tricks", "dcgan"))
-    assert losses(ours) == losses(theirs) and same(ours["state"]["G"], theirs["state"]["G"])
-    grids = [(tmp_path / name / "samples" / "000006.png").read_bytes() for name in ("tricks", "dcgan")]
+def test_without_flags_it_is_dcgan():
+    for name in ("tricks", "dcgan"):
+        train(name, name, "--steps", 6, "--n-critic", 2)
+    assert log_rows("tricks") == log_rows("dcgan")
+    assert same(checkpoint("tricks")["state"], checkpoint("dcgan")["state"])
+    grids = [Path(name, "samples", "000006.png").read_bytes() for name in ("tricks", "dcgan")]
     assert grids[0] == grids[1]
 
 
 @pytest.mark.parametrize("flags", [ALL, "--minibatch-kernels 3 --replay 9"])
-def test_resume_is_bit_for_bit(flags, tmp_path):
-    """The pool and the average go on."""
-    whole = train(tmp_path, "tricks", "whole", f"{flags} --steps 10")
-    train(tmp_path, "tricks", "parts", f"{flags} --steps 5")
-    parts = train(tmp_path, "tricks", "parts", f"{flags} --steps 10 --resume")
-    assert losses(parts) == losses(whole) and torch.equal(parts["state"]["pool"], whole["state"]["pool"])
-    assert all(same(parts["state"][part], whole["state"][part]) for part in ("G", "D", "average"))
+def test_resume_is_bit_for_bit(flags):
+    """The pool and the average go on, and so does the fade of the noise."""
+    flags = ["--log-every", 1, "--n-critic", 2, *flags.split()]
+    train("tricks", "whole", "--steps", 10, *flags)
+    with (
+        mock.patch.object(common, "save_checkpoint", killed_after(1)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        train("tricks", "parts", "--steps", 10, *flags)
+    train("tricks", "parts", "--steps", 10, "--resume", *flags)
+    assert log_rows("parts") == log_rows("whole")
+    assert same(checkpoint("parts"), checkpoint("whole"))
 
 
-def test_smoothing_is_of_real_targets_alone():
-    expected = bce(REAL, torch.full((3,), 0.9)) + bce(FAKE, torch.zeros(3))
-    assert tricks.d_loss(REAL, FAKE, smooth=0.1).item() == pytest.approx(expected.item(), rel=1e-5)
+def killed_after(calls, save_checkpoint=common.save_checkpoint):
+    """save_checkpoint, and an interruption after it has been called `calls` times."""
+
+    def save(*args):
+        nonlocal calls
+        save_checkpoint(*args)
+        calls -= 1
+        if calls == 0:
+            raise KeyboardInterrupt
+
+    return save
 
 
-def test_flipped_labels():
+def test_smoothed_and_flipped_labels():
+    """In closed form: what is labelled real has the target 0.9, what is labelled fake 0; with
+    flip, a share of the images gets the other label."""
+
+    def loss(y_real, y_fake):
+        return bce(REAL, torch.full((3,), y_real)) + bce(FAKE, torch.full((3,), y_fake))
+
+    for smooth, flip, expected in ((0.1, 0.0, loss(0.9, 0.0)), (0.1, 1.0, loss(0.0, 0.9))):
+        ours = tricks.d_loss(REAL, FAKE, smooth, flip).item()
+        assert ours == pytest.approx(expected.item(), rel=1e-5)
     torch.manual_seed(0)
     ones, zeros = torch.ones(10_000), torch.zeros(10_000)
     assert tricks.flipped(ones, 0.0) is ones
     for y, share in ((tricks.flipped(ones, 0.3), 0.7), (tricks.flipped(zeros, 0.3), 0.3)):
         assert y.unique().tolist() == [0, 1] and y.mean().item() == pytest.approx(share, abs=0.03)
-    d, one, zero = torch.full((20_000,), 2.0), torch.ones(20_000), torch.zeros(20_000)
-    expected = 0.75 * (bce(d, one) + bce(-2 * d, zero)) + 0.25 * (bce(d, zero) + bce(-2 * d, one))
-    assert tricks.d_loss(d, -2 * d, flip=0.25).item() == pytest.approx(expected.item(), rel=0.05)
 
 
-def seen_by_D(tmp_path, monkeypatch, flags, steps):
+def test_labels_are_smoothed_and_flipped_in_the_loss_of_D_alone(monkeypatch):
+    run, given = open_script("tricks", "--smooth", 0.2, "--flip", 0.3), []
+    d_loss, scores = tricks.d_loss, []
+    monkeypatch.setattr(tricks, "d_loss", lambda *a: given.append(a[2:]) or d_loss(*a))
+    run.D.register_forward_hook(lambda m, i, o: scores.append(o.detach()))
+    loss_G = run.update()["loss_G"].item()
+    assert given == [(0.2, 0.3)]
+    assert loss_G == pytest.approx(bce(scores[-1], torch.ones(4)).item(), rel=1e-5)
+
+
+def seen_by_D(monkeypatch, *flags):
     """What D got in a run, three batches in each step, and what G made, two in each."""
     seen, made = [], []
     for module in (tricks.Discriminator, tricks.Generator):
@@ -78,92 +103,146 @@ def seen_by_D(tmp_path, monkeypatch, flags, steps):
         def watched(self, x, forward=module.forward):
             y = forward(self, x)
             if self.training:
-                (seen if isinstance(self, tricks.Discriminator) else made).append((x, y))
+                (seen if isinstance(self, tricks.Discriminator) else made).append(
+                    (x, y.detach().clone())
+                )
             return y
 
         monkeypatch.setattr(module, "forward", watched)
-    train(tmp_path, "tricks", "seen", f"--batch-size 32 --steps {steps} {flags}")
-    return [x.detach() for x, _ in seen], [y.detach() for _, y in made]
+    train("tricks", "seen", "--batch-size", 32, *flags)
+    return [x.detach() for x, _ in seen], [y for _, y in made]
 
 
-def test_noise_fades_to_0_on_all_that_D_sees(tmp_path, monkeypatch):
-    seen, made = seen_by_D(tmp_path, monkeypatch, "--noise 0.5", steps=4)
-    real = torch.tensor(np.stack([picture(k).transpose(2, 0, 1) for k in (0, 1)]) / 127.5 - 1).float()
+def test_noise_fades_to_0_on_all_that_D_sees(monkeypatch):
+    seen, made = seen_by_D(monkeypatch, "--noise", 0.5, "--steps", 4)
+    real = torch.tensor(
+        np.stack([picture(k).transpose(2, 0, 1) for k in (0, 1)]) / 127.5 - 1
+    ).float()
     for k in range(4):
         x_real = real[torch.cdist(seen[3 * k].flatten(1), real.flatten(1)).argmin(1)]
         clean = [x_real, made[2 * k], made[2 * k + 1]]
         for x, without in zip(seen[3 * k : 3 * k + 3], clean, strict=True):
-            assert (x - without).std().item() == pytest.approx(0.5 * (1 - (k + 1) / 4), rel=0.05, abs=1e-6)
+            noise, strength = x - without, 0.5 * (1 - (k + 1) / 4)
+            assert noise.std().item() == pytest.approx(strength, rel=0.05, abs=1e-6)
+            if strength:
+                assert not torch.allclose(noise[0], noise[1], atol=0.01), "another for each image"
 
 
-def test_the_pool_keeps_the_newest_at_random_places():
+def test_the_pool():
+    """Half of the fakes are replaced by others from the pool, each once, and take random places
+    there, which need not be those of the ones that were drawn."""
     torch.manual_seed(0)
-    pool = torch.arange(6.0)[:, None, None, None].clone()
-    fakes = torch.arange(10.0, 14)[:, None, None, None]
-    mixed = tricks.replayed(pool, fakes).flatten().tolist()
-    assert mixed[2:] == [12, 13] and len(set(mixed[:2])) == 2 and set(mixed[:2]) < set(range(6))
-    assert len(set(pool.flatten().tolist()) & set(range(6))) == 4 and {12, 13} < set(pool.flatten().tolist())
-    places = set()
-    for k in range(100):
-        tricks.replayed(pool, fakes + 100 * k)
-        places |= set((pool.flatten() == 12 + 100 * k).nonzero().flatten().tolist())
-    assert places == set(range(6))
+    places, drawn_stays = set(), 0
+    for _ in range(100):
+        pool = torch.arange(8.0)[:, None, None, None].clone()
+        fakes = torch.arange(10.0, 18)[:, None, None, None]
+        mixed = tricks.replayed(pool, fakes).flatten().tolist()
+        assert mixed[4:] == [14, 15, 16, 17]
+        earlier = set(mixed[:4])
+        assert len(earlier) == 4 and earlier < set(range(8))
+        after = pool.flatten().tolist()
+        assert {x for x in after if x >= 10} == {10, 11, 12, 13}
+        places |= {place for place, x in enumerate(after) if x == 10}
+        drawn_stays += len(earlier & set(after))
+    assert places == set(range(8))
+    assert 100 < drawn_stays < 300, "about half of those drawn stay in the pool"
+    pool = torch.zeros(2, 1, 1, 1)
+    assert len(tricks.replayed(pool, fakes)) == 8 and pool.flatten().tolist() in (
+        [10, 11],
+        [11, 10],
+    )
 
 
-def test_half_of_Ds_fakes_come_from_the_pool(tmp_path, monkeypatch):
-    seen, made = seen_by_D(tmp_path, monkeypatch, "--replay 40", steps=1)
-    assert torch.equal(seen[1][16:], made[0][16:]) and torch.equal(seen[2], made[1])
-    assert not any(torch.equal(a, b) for a in seen[1][:16] for b in made[0])
+def test_half_of_Ds_fakes_come_from_the_pool(monkeypatch):
+    seen, made = seen_by_D(monkeypatch, "--replay", 40, "--steps", 1)
+    pool, for_D, for_G = made
+    assert torch.equal(seen[1][16:], for_D[16:]) and torch.equal(seen[2], for_G)
+    assert all(any(torch.equal(a, b) for b in pool) for a in seen[1][:16])
 
 
-def test_feature_matching(tmp_path, monkeypatch):
-    """0 for equal batches; (mean - mean)^2 for an activation that is the image; a gradient for G alone."""
+def test_feature_distance():
+    """0 for equal batches; the sum of (mean - mean)^2 over all activations; a gradient for fakes
+    alone."""
     D = tricks.Discriminator(8, 3, 16, kernels=0, norm=True)
     x, fake = torch.randn(2, 6, 3, 16, 16)
     assert tricks.feature_distance(D, x, x).item() == 0
     x.requires_grad_(), fake.requires_grad_(), D.requires_grad_(False)
     tricks.feature_distance(D, x, fake).backward()
     assert fake.grad.abs().max() > 0 and x.grad is None
-    D.net = nn.Sequential(nn.LeakyReLU(1.0), nn.Identity())
+
+    first, second = nn.LeakyReLU(1.0), nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+    D.net = nn.Sequential(first, second, nn.LeakyReLU(1.0), nn.Identity())
     expected = (x.mean(0) - fake.mean(0)).square().sum()
+    expected = expected + (second(x).mean(0) - second(fake).mean(0)).square().sum()
     assert tricks.feature_distance(D, x, fake).item() == pytest.approx(expected.item(), rel=1e-5)
-    monkeypatch.setattr(tricks, "feature_distance", lambda D, real, fake: fake.mean() * 0 + len(real))
-    assert open_script("tricks", tmp_path, "--feature-matching").step()[1].item() == 4, "instead of g_loss"
+
+
+def test_feature_matching_compares_augmented_images(monkeypatch):
+    run, given = open_script("tricks", "--feature-matching", "--diffaug"), []
+    marked = []
+    monkeypatch.setattr(tricks, "diffaug", lambda x: marked.append(x + 2) or marked[-1])
+    monkeypatch.setattr(
+        tricks, "feature_distance", lambda D, *x: given.append(x) or x[1].mean() * 0 + 4
+    )
+    assert run.update()["loss_G"].item() == 4, "instead of g_loss"
+    ((real, fake),) = given
+    assert real is marked[-2] and fake is marked[-1]
 
 
 def test_minibatch_discrimination():
-    """exp(-distance) to each other image, summed: it sees the rest of its own batch, and nothing else."""
-    layer = tricks.MinibatchDiscrimination(16, 1)
+    """exp(-distance) to each other image, summed, in each space apart: it sees the rest of its
+    own batch, and the gradient reaches the others."""
+    layer = tricks.MinibatchDiscrimination(16, 2)
     with torch.no_grad():
-        layer.linear.weight.zero_()[:, 0] = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])  # both read feature 0
+        layer.linear.weight.zero_()
+        layer.linear.weight[0:2, 0] = 1  # in the first space, two dimensions read feature 0
+        layer.linear.weight[5, 1] = 1  # in the second, one reads feature 1
     h = torch.zeros(3, 1, 4, 4)
     h[:, 0, 0, 0] = torch.tensor([0.0, 1.0, 3.0])
+    h[:, 0, 0, 1] = torch.tensor([0.0, 0.0, 1.0])
+    h.requires_grad_()
     out = layer(h)
-    assert out.shape == (3, 2, 4, 4) and torch.equal(out[:, :1], h)
-    e = [float(np.exp(-2 * d)) for d in (1, 3, 2)]
-    assert out[:, 1].std((1, 2)).max() == 0
-    assert out[:, 1, 0, 0].tolist() == pytest.approx([e[0] + e[1], e[0] + e[2], e[1] + e[2]], rel=1e-5)
+    assert out.shape == (3, 3, 4, 4) and torch.equal(out[:, :1], h)
+    assert out[:, 1:].std((2, 3)).max() == 0
+    e = [math.exp(-2 * d) for d in (1, 3, 2)]
+    expected = [e[0] + e[1], e[0] + e[2], e[1] + e[2]]
+    assert out[:, 1, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    expected = [1 + math.exp(-1), 1 + math.exp(-1), 2 * math.exp(-1)]
+    assert out[:, 2, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    (grad,) = torch.autograd.grad(out[0, 1, 0, 0], h)
+    assert grad[1, 0, 0, 0].item() == pytest.approx(-2 * e[0], rel=1e-5)
 
 
-def test_r1(tmp_path, monkeypatch):
-    """E||grad D||^2 = ||w||^2 for D(x) = wx; gamma / 2 of it in loss_D, at real images; no batch norm, He."""
+def test_r1(monkeypatch):
+    """E||grad D||^2 = ||w||^2 for D(x) = wx; gamma / 2 of it in loss_D, at real images; no batch
+    norm, He."""
     w = torch.randn(3 * 16 * 16, requires_grad=True)
     penalty = tricks.r1_penalty(lambda x: x.flatten(1) @ w, torch.randn(5, 3, 16, 16))
     assert penalty.item() == pytest.approx(w.detach().square().sum().item(), rel=1e-4)
     penalty.backward()
     assert torch.allclose(w.grad, 2 * w.detach(), rtol=1e-4)
-    run, at = open_script("tricks", tmp_path, "--r1", 3, "--diffaug"), []
+    run, at = open_script("tricks", "--r1", 3, "--diffaug"), []
     assert not any(isinstance(m, nn.BatchNorm2d) for m in run.D.modules())
-    assert run.D.net[2].weight.std().item() == pytest.approx((2 / 1.04 / (8 * 16)) ** 0.5, rel=0.1)  # He's
-    d_loss = tricks.d_loss
-    monkeypatch.setattr(tricks, "r1_penalty", lambda D, x: at.append(x) or torch.tensor(5.0))
+    he = (2 / 1.04 / (8 * 16)) ** 0.5
+    assert run.D.net[2].weight.std().item() == pytest.approx(he, rel=0.1)
+    d_loss, shown = tricks.d_loss, []
+
+    def r1_penalty(D, x):
+        at.append(x)
+        D(x)
+        return torch.tensor(5.0)
+
+    monkeypatch.setattr(tricks, "r1_penalty", r1_penalty)
     monkeypatch.setattr(tricks, "d_loss", lambda *a: d_loss(*a) * 0)
-    expected = next(common.batches(run.args, run.data))[0]
-    assert run.step()[0].item() == 7.5 and torch.equal(at[0], expected)
+    monkeypatch.setattr(tricks, "diffaug", lambda x: shown.append(x) or x)
+    real = recorded(monkeypatch, "sample_batch")
+    assert run.update()["loss_D"].item() == 7.5
+    assert torch.equal(at[0], real[0][0])
+    assert [x is real[0][0] for x in shown] == [True, False, True, False], "D sees it augmented"
 
 
-def test_the_average(tmp_path):
-    """At beta 0 it is G, statistics and all; it starts there and is what pictures are drawn with."""
+def test_move_average():
+    """Of the weights and of the statistics of batch norm; at beta 0 it is G."""
     G, average = (tricks.Generator(6, 8, 3, 16) for _ in range(2))
     G(torch.randn(4, 6))
     before = {k: v.clone() for k, v in average.state_dict().items()}
@@ -173,52 +252,97 @@ def test_the_average(tmp_path):
             assert torch.allclose(v, 0.75 * before[k] + 0.25 * G.state_dict()[k], atol=1e-6)
     tricks.move_average(average, G, 0.0)
     assert same(average.state_dict(), G.state_dict())
-    saved = train(tmp_path, "tricks", "one", "--steps 1 --ema 0.999")["state"]
-    assert same(saved["average"], saved["G"]), "short runs are not held at their start"
-    saved = train(tmp_path, "tricks", "run", "--steps 9 --ema 0.999")["state"]
-    average.load_state_dict(saved["average"])
-    assert not same(saved["average"], saved["G"])
-    with torch.no_grad():
-        x = average.eval()(saved["fixed_z"])
-    common.save_grid(SimpleNamespace(out_dir=tmp_path / "x", run=SimpleNamespace(board=None)), 9, x)
-    grids = [np.asarray(Image.open(tmp_path / f / "samples" / "000009.png"), int) for f in ("run", "x")]
-    assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
-def test_diffaug(tmp_path, monkeypatch):
-    """A colour, a shift of up to an eighth and a hole for each image, and a gradient; of real images too."""
+def test_the_average_moves_in_each_step_and_draws_the_images(monkeypatch):
+    """By hand from G's weights of all steps; it begins as G, and its decay grows up to --ema."""
+    moved, move_average = [], tricks.move_average
+
+    def watched(average, G, beta):
+        moved.append((beta, G.net[0].weight.detach().clone()))
+        move_average(average, G, beta)
+
+    monkeypatch.setattr(tricks, "move_average", watched)
+    train("tricks", "run", "--steps", 6, "--ema", 0.25, "--lr", 0.02)
+    assert [beta for beta, _ in moved] == pytest.approx([0, 1 / 11, 2 / 12, 3 / 13, 0.25, 0.25])
+    expected = torch.zeros(())
+    for beta, weight in moved:
+        expected = beta * expected + (1 - beta) * weight
+    saved = checkpoint("run")["state"]
+    assert torch.allclose(saved["average"]["net.0.weight"], expected, atol=1e-6)
+
+    grids = {}
+    for part in ("average", "G"):
+        drawn = tricks.Generator(6, 8, 3, 16)
+        drawn.load_state_dict(saved[part])
+        with torch.no_grad():
+            x = drawn.eval()(saved["fixed_z"])
+        common.save_grid(SimpleNamespace(out_dir=part, tensorboard=False), 6, x)
+    for part in ("run", "average", "G"):
+        grids[part] = np.asarray(Image.open(Path(part, "samples", "000006.png")), int)
+    assert np.abs(grids["run"] - grids["average"]).max() <= 1
+    assert np.abs(grids["run"] - grids["G"]).max() > 3
+
+
+def test_diffaug_against_a_plain_loop(monkeypatch):
+    """With the random numbers known: brightness, saturation, contrast, shift and hole of each
+    image."""
     torch.manual_seed(0)
+    n, s = 6, 16
+    x = torch.rand(n, 3, s, s)
+    colours = torch.rand(3, n, 1, 1, 1)
+    shifts = torch.randint(5, (2, n, 1))
+    holes = torch.randint(17, (2, n, 1))
+    draws = [shifts, holes]
+    with monkeypatch.context() as m:
+        m.setattr(torch, "rand", lambda *shape, device: colours)
+        m.setattr(torch, "randint", lambda high, shape, device: draws.pop(0))
+        ours = tricks.diffaug(x)
+    for i in range(n):
+        brightness, saturation, contrast = colours[:, i, 0, 0, 0].tolist()
+        image = x[i] + brightness - 0.5
+        grey = image.mean(0)
+        image = grey + 2 * saturation * (image - grey)
+        image = image.mean() + (0.5 + contrast) * (image - image.mean())
+        expected = torch.zeros(3, s, s)
+        for row in range(s):
+            for column in range(s):
+                from_row, from_column = row + shifts[0, i, 0] - 2, column + shifts[1, i, 0] - 2
+                if 0 <= from_row < s and 0 <= from_column < s:
+                    expected[:, row, column] = image[:, from_row, from_column]
+                middle_row, middle_column = holes[:, i, 0]
+                if -4 <= row - middle_row < 4 and -4 <= column - middle_column < 4:
+                    expected[:, row, column] = 0
+        assert torch.allclose(ours[i], expected, atol=1e-5)
+
+
+def test_diffaug_draws_anew_for_each_image_in_its_ranges(monkeypatch):
+    ranges = []
+    randint = torch.randint
+    monkeypatch.setattr(
+        torch, "randint", lambda high, *a, **k: ranges.append(high) or randint(high, *a, **k)
+    )
     x = torch.randn(200, 3, 16, 16).requires_grad_()
     y = tricks.diffaug(x)
-    dark = (y == 0).all(1)
-    assert y.shape == x.shape and len({tuple(d.flatten().tolist()) for d in dark}) > 150
-    assert (dark.sum((1, 2)) >= 16).all() and dark.float().mean() < 0.45
-    edges = dark.all(2).sum(1)  # whole rows: shifted out, but for where the hole completes them
-    assert edges.max() <= 16 // 8 and edges.max() > 0
+    assert ranges == [5, 17], "shifts by -2 to 2, a hole's middle from 0 to 16"
+    holes = {tuple(image.flatten().tolist()) for image in (y == 0).all(1)}
+    assert len(holes) > 150, "rows and columns are drawn apart, and for each image"
     (grad,) = torch.autograd.grad(y.square().sum(), x)
     assert (grad != 0).any((1, 2, 3)).all()
-    means = y.sum((1, 2, 3)) / (~dark).sum((1, 2)) / 3 - x.mean((1, 2, 3))
-    assert means.min() < -0.3 and means.max() > 0.3, "brighter and darker by up to a half"
-    seen, _ = seen_by_D(tmp_path, monkeypatch, "--diffaug", steps=1)
-    assert all((image == 0).all(1).any((1, 2)).all() for image in seen), "the real ones too"
-    monkeypatch.setattr(torch, "randint", lambda *a, device: torch.full(a[-1], a[-2] - 1))
-    dark = (tricks.diffaug(x) == 0).all(1)  # the last places: shifted by 2, a hole around the corner
-    assert dark[:, 12:, 12:].all() and dark[:, 14:].all() and not dark[:, :12, :12].any()
 
 
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_flags(flags, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        tricks.parse_args(f"--dataset digits {flags}".split())
-    assert flags.split()[0] in capsys.readouterr().err
+def test_all_that_D_sees_is_augmented(monkeypatch):
+    seen, _ = seen_by_D(monkeypatch, "--diffaug", "--steps", 1)
+    assert len(seen) == 3
+    assert all((image == 0).all(1).any((1, 2)).all() for image in seen)
 
 
 @pytest.mark.parametrize("trick", ONE.split(","))
-def test_learns_one_picture(trick, tmp_path):
-    data, run = picture_folder(tmp_path / "pictures"), f"--out-dir {tmp_path}/run --device cpu"
-    quick = "--image-size 16 --batch-size 8 --width 16 --lr 1e-3 --steps 110 --save-every 1000"
-    tricks.main(f"--dataset {data} --data-dir {tmp_path}/data {quick} --{trick} {run}".split())
+def test_learns_one_picture(trick):
+    data, run = picture_folder(Path("pictures")), "--out-dir run --device cpu"
+    quick = "--image-size 16 --batch-size 8 --width 16 --lr 1e-3 --steps 160 --save-every 1000"
+    tricks.main(f"--dataset {data} {quick} --{trick} {run}".split())
     tricks.main(f"--generate 4 {run}".split())
-    for file in (tmp_path / "run" / "generated").iterdir():
+    for file in Path("run", "generated").iterdir():
         distance = [np.abs(np.asarray(Image.open(file), float) - picture(k)).mean() for k in (0, 1)]
         assert distance[0] < 45 and distance[0] < distance[1], f"{file}: {distance}"

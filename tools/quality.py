@@ -1,10 +1,11 @@
 """Scores images made by `--generate` against a real dataset, in the features of a small classifier.
 
-    python tests/quality.py mnist runs/dcgan-mnist/generated
+    python tools/quality.py mnist runs/dcgan-mnist/generated
 
 The classifier is trained here, once, on the dataset's training images at 32 px, and kept under
-`--cache-dir`. Its features are not Inception's: the numbers compare runs with each other and with the
-floor, which is the same score of real training against real test images, and not with published FIDs.
+`--cache-dir`. Its features are not Inception's: the numbers compare runs with each other and
+with the floor, which is the same score of real training against real test images, and not with
+published FIDs.
 """
 
 import argparse
@@ -20,17 +21,18 @@ import torch
 from PIL import Image
 from torch import nn
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 
-# --------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def frechet_distance(a, b):
-    """Fréchet distance of two sets of features (N, d), each taken as a Gaussian:
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Heusel et al. 2017 (arXiv 1706.08500), eq. 6; 0 for
-    equal sets, and biased upwards for small ones, so that only equal sample sizes compare."""
+    """Fréchet distance of two sets of features (N, d), each taken as a Gaussian: |m_a - m_b|^2 +
+    tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Heusel et al. 2017 (arXiv 1706.08500), eq. 6; 0 for equal
+    sets, and biased upwards for small ones, so that only equal sample sizes compare."""
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)
@@ -42,15 +44,17 @@ def frechet_distance(a, b):
 
 
 def classes_covered(predicted, n_classes):
-    """How many classes get at least a tenth of an equal share of the images: predicted int64 (N,)."""
+    """How many classes get at least a tenth of an equal share of the images: predicted int64
+    (N,)."""
     shares = torch.bincount(predicted, minlength=n_classes) / len(predicted)
     return int((shares >= 0.1 / n_classes).sum())
 
 
 def precision_recall(real, fake, k=5):
-    """(precision, recall) of Kynkäänniemi et al. 2019 (arXiv 1904.06991), eqs. 1 and 2, with features (N, d):
-    the share of fakes inside the real manifold, and of real images inside that of the fakes, where a manifold
-    is the union of balls that reach from each point to its k-th nearest neighbour. Their k is 3."""
+    """(precision, recall) of Kynkäänniemi et al. 2019 (arXiv 1904.06991), eqs. 1 and 2, with
+    features (N, d): the share of fakes inside the real manifold, and of real images inside that
+    of the fakes, where a manifold is the union of balls that reach from each point to its k-th
+    nearest neighbour. Their k is 3."""
 
     def share_inside(points, manifold):
         radii = torch.cat(
@@ -62,19 +66,26 @@ def precision_recall(real, fake, k=5):
     return share_inside(fake, real), share_inside(real, fake)
 
 
-# ------------------------------------------------------------------------------------------- classifier
+# --------------------------------------------------------------------------------------- classifier
 
 
 class Classifier(nn.Module):
-    """Images (N, C, 32, 32) in [-1, 1] -> logits (N, 10); `features` is the layer before, (N, 128)."""
+    """Images (N, C, 32, 32) in [-1, 1] -> logits (N, 10); `features` is the layer before, (N,
+    128)."""
 
     def __init__(self, channels, width=32):
         super().__init__()
         layers, c_in = [], channels
         for c in (width, width * 2, width * 4):
-            layers += [nn.Conv2d(c_in, c, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+            layers += [
+                nn.Conv2d(c_in, c, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(c),
+                nn.ReLU(),
+            ]
             c_in = c
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * 4 * 16, 128), nn.ReLU())
+        self.features = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(width * 4 * 16, 128), nn.ReLU()
+        )
         self.head = nn.Linear(128, 10)
 
     def forward(self, x):
@@ -82,7 +93,8 @@ class Classifier(nn.Module):
 
 
 def real_images(dataset, data_dir, split):
-    """(uint8 (N, C, 32, 32), labels (N,)) of a "train" or "test" split; `digits` draws new ones to test."""
+    """(uint8 (N, C, 32, 32), labels (N,)) of a "train" or "test" split; `digits` draws new ones
+    to test."""
     if dataset == "digits":
         return common.draw_digits(20_000, 32, seed=0 if split == "train" else 1)
     return common.load_torchvision(dataset, Path(data_dir), train=split == "train")[:2]
@@ -93,10 +105,11 @@ def normalise(images):
 
 
 def trained_classifier(dataset, data_dir, cache_dir, device, steps):
-    """The classifier of a dataset, from its cache or trained with Adam for `steps` batches of 128."""
+    """The classifier of a dataset, from its cache or trained with Adam for `steps` batches of
+    128."""
     images, labels = real_images(dataset, data_dir, "train")
-    state = hashlib.sha256(images.numpy()).hexdigest()[:8]
-    path = Path(cache_dir, f"{dataset}-{steps}-{state}.pt")
+    digest = hashlib.sha256(images.numpy()).hexdigest()[:8]
+    path = Path(cache_dir, f"{dataset}-{steps}-{digest}.pt")
     torch.manual_seed(0)
     net = Classifier(images.shape[1]).to(device)
     if path.exists():
@@ -104,16 +117,16 @@ def trained_classifier(dataset, data_dir, cache_dir, device, steps):
         return net.eval()
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
-    args = SimpleNamespace(batch_size=128, seed=0, device=str(device))
-    batches = common.batches(args, SimpleNamespace(images=images.to(device), labels=labels.to(device)))
-    for _ in common.tqdm(range(steps), "training the classifier"):
-        x, y = next(batches)
+    args = SimpleNamespace(batch_size=128, device=device)
+    data = common.Data(len(images), images.shape[1], [], images.to(device), labels.to(device))
+    for _ in tqdm(range(steps), "training the classifier"):
+        x, y = common.sample_batch(args, data)
         loss = nn.functional.cross_entropy(net(x), y)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-    with common.replacing(path) as f:
+    with common.atomic_write(path) as f:
         torch.save(net.state_dict(), f)
     return net.eval()
 
@@ -128,11 +141,14 @@ def describe(net, images):
 
 
 def score(net, real, fake, labels=None):
-    """Every metric of uint8 images `fake` against `real`, by name; `labels` are the classes asked for."""
+    """Every metric of uint8 images `fake` against `real`, by name; `labels` are the classes
+    asked for."""
     (real_features, _), (fake_features, predicted) = describe(net, real), describe(net, fake)
     n = min(len(real), len(fake))
     # The pairwise distances of precision and recall are of 5,000 images at most.
-    precision, recall = precision_recall(real_features[: min(n, 5000)], fake_features[: min(n, 5000)])
+    precision, recall = precision_recall(
+        real_features[: min(n, 5000)], fake_features[: min(n, 5000)]
+    )
     result = {
         "images": n,
         "frechet": frechet_distance(real_features[:n], fake_features[:n]),
@@ -145,14 +161,14 @@ def score(net, real, fake, labels=None):
     return result
 
 
-# --------------------------------------------------------------------------------------------- program
+# ------------------------------------------------------------------------------------------ program
 
 
 def read_folder(folder):
     """uint8 (N, C, S, S) of a folder of generated PNGs, and the classes in their names, or None."""
     files = sorted(Path(folder).glob("*.png"))
-    if not files:
-        common.fail(f"{folder} holds no generated images: make some with --generate")
+    if len(files) < 6:
+        common.fail(f"{folder} holds {len(files)} images, which is too few: use --generate")
     images = [np.asarray(Image.open(f)) for f in files]
     if len({image.shape for image in images}) > 1:
         common.fail(f"{folder} holds images of several sizes: name a folder made by --generate")
@@ -164,23 +180,30 @@ def read_folder(folder):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("dataset", choices=["mnist", "fashion-mnist", "cifar10", "digits"])
     p.add_argument("folder", help="of images made by --generate")
     p.add_argument("--data-dir", default="data")
     p.add_argument("--cache-dir", default="data/quality", help="where the classifier is kept")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--classifier-steps", type=int, default=1500)
-    p.add_argument("--neighbours", metavar="FILE", help="to show the nearest training images of 10 in")
+    p.add_argument(
+        "--neighbours",
+        metavar="FILE",
+        help="write 10 images and their nearest training images here",
+    )
     args = p.parse_args(argv)
-    net = trained_classifier(args.dataset, args.data_dir, args.cache_dir, args.device, args.classifier_steps)
+    net = trained_classifier(
+        args.dataset, args.data_dir, args.cache_dir, args.device, args.classifier_steps
+    )
     fake, labels = read_folder(args.folder)
     train, _ = real_images(args.dataset, args.data_dir, "train")
     test, test_labels = real_images(args.dataset, args.data_dir, "test")
     if fake.shape[1:] != train.shape[1:]:
-        common.fail(
-            f"{args.folder} has images {tuple(fake.shape[1:])}, {args.dataset} {tuple(train.shape[1:])}"
-        )
+        ours, theirs = tuple(fake.shape[1:]), tuple(train.shape[1:])
+        common.fail(f"{args.folder} has images of {ours}, and {args.dataset} of {theirs}")
     if args.neighbours:
         nearest = torch.cdist(fake[:10].flatten(1).float(), train.flatten(1).float()).argmin(1)
         save_image(torch.cat([fake[:10], train[nearest]]) / 255, args.neighbours, nrow=10)
@@ -192,8 +215,11 @@ def main(argv=None):
     result = score(net, train, fake, labels)
     floor = score(net, train[: len(fake)], test[: len(fake)], test_labels[: len(fake)])
     print(json.dumps({"folder": str(args.folder), **result, "floor": floor}, indent=1))
-    said = f"{result['precision']:.0%} of these look real, {result['recall']:.0%} of real ones are like these"
-    print(f"{said}; Fréchet {result['frechet']:.1f}, at best {floor['frechet']:.1f}", file=sys.stderr)
+    print(
+        f"{result['precision']:.0%} of these look real, {result['recall']:.0%} of real ones are "
+        f"like these; Fréchet {result['frechet']:.1f}, at best {floor['frechet']:.1f}",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,186 @@
+"""How fast the scripts train, and where the time goes.
+
+    python tools/benchmark.py [--device cuda] [--dataset mnist --data-dir data]
+
+For each script, at its defaults for 32 px and at 64 px, two ways of training the same networks with
+the same losses, in one process, in turns: ours, the loop of the script; and the usual way, with
+torchvision's dataset in a DataLoader with 2 workers, PyTorch's default optimiser, gradients of D
+also in G's update, and `.item()` of every loss.
+
+images/s counts the real images that D sees. overhead is what the loop adds to its calls of
+`update`: progress bar and log. Medians over `--rounds` turns of about `--seconds` each, after a
+warm-up; the device is synchronised around every turn.
+"""
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import itertools
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+
+NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
+
+
+class Done(Exception):
+    """Ends a script's loop."""
+
+
+def usual_batches(args, channels):
+    """Endless minibatches of a torchvision dataset, by a DataLoader."""
+    middle = [0.5] * channels
+    steps = [
+        transforms.Resize(args.image_size),
+        transforms.ToTensor(),
+        transforms.Normalize(middle, middle),
+    ]
+    dataset_class = common.TORCHVISION_DATASETS[args.dataset]
+    dataset = dataset_class(args.data_dir, transform=transforms.Compose(steps))
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=2,
+        persistent_workers=True,
+        pin_memory=args.device != "cpu",
+    )
+    while True:
+        for x, y in loader:
+            yield x.to(args.device), y.to(args.device)
+
+
+def plain(optimiser):
+    """The same optimiser as torch makes it by default: neither fused nor capturable."""
+    group = optimiser.param_groups[0]
+    settings = {k: group[k] for k in ("lr", "betas", "alpha", "momentum") if k in group}
+    return type(optimiser)(group["params"], **settings)
+
+
+def measure(name, argv, rounds, seconds):
+    """Medians of the seconds per step of our loop, of its updates alone, and of the usual way, by
+    name; and the number of images per step.
+
+    Runs the script's main, whose calls of `common.log` say when a turn of its loop has ended; the
+    other turns are taken in between.
+    """
+    times = {"ours": [], "updates": [], "usual": []}
+    run = SimpleNamespace(step=None, started=None)
+
+    def now():
+        if run.args.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def start_run(args, data, state, start_run=common.start_run):
+        run.args, run.state = args, state
+        run.optimisers = {k: plain(state[k]) for k in ("opt_G", "opt_D")}
+        run.batches = usual_batches(args, data.channels)
+        return start_run(args, data, state)
+
+    def cuda_graph(args, data, update, cuda_graph=common.cuda_graph):
+        used = inspect.getclosurevars(update).nonlocals
+        run.d_step, run.g_step = used["d_step"], used["g_step"]
+        run.update = cuda_graph(args, data, update)
+        return run.update
+
+    def updates(n):
+        start = now()
+        for _ in range(n):
+            run.update()
+        return (now() - start) / n
+
+    def usual(n):
+        D = run.state["D"].requires_grad_(True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(D, "requires_grad_"))
+            for which, optimiser in run.optimisers.items():
+                stack.enter_context(mock.patch.object(run.state[which], "step", optimiser.step))
+            start = now()
+            for _ in range(n):
+                for _ in range(run.args.n_critic):
+                    x_real, *y = next(run.batches)[: 2 if name == "cgan" else 1]
+                    for value in run.d_step(x_real, *y):
+                        value.item()
+                run.g_step(*y).item()
+            return (now() - start) / n
+
+    def log(args, step, values, log=common.log):
+        numbers = log(args, step, values)
+        if run.step is None:
+            usual(2)  # starts the workers
+            args.log_every = max(1, round(seconds / usual(2)))
+        else:
+            n = step - run.step
+            times["ours"].append((now() - run.started) / n)
+            times["updates"].append(updates(n))
+            usual(min(n, 5))  # uses up what the workers loaded during our turns
+            times["usual"].append(usual(n))
+        if len(times["usual"]) == rounds:
+            raise Done
+        run.step, run.started = step, now()
+        return numbers
+
+    patches = {"start_run": start_run, "cuda_graph": cuda_graph, "log": log}
+    with mock.patch.multiple(common, **patches), contextlib.suppress(Done):
+        importlib.import_module(name).main(argv)
+    medians = {way: statistics.median(t) for way, t in times.items()}
+    return medians, run.args.batch_size * run.args.n_critic
+
+
+def main():
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("scripts", nargs="*", help="all seven when none is named")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dataset", default="mnist", choices=common.TORCHVISION_DATASETS)
+    p.add_argument("--data-dir", default="data")
+    p.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--seconds", type=float, default=3.0, help="of one way in one round")
+    p.add_argument("--cuda-graph", action="store_true")
+    args = p.parse_args()
+    if unknown := set(args.scripts) - set(NAMES):
+        p.error(f"no such script: {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
+
+    cuda = torch.device(args.device).type == "cuda"
+    hardware = (
+        torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores, {platform.machine()}"
+    )
+    versions = f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    print(f"{args.dataset} on {hardware}, {versions}; images/s:")
+    print(
+        f"{'script':8} {'px':>3} {'ours':>9} {'usual':>9} {'ratio':>6} {'overhead':>9}", flush=True
+    )
+    for size, name in itertools.product(args.sizes, args.scripts or NAMES):
+        with tempfile.TemporaryDirectory() as out:
+            argv = f"--dataset {args.dataset} --data-dir {args.data_dir} --device {args.device}"
+            argv += f" --out-dir {out}/run --image-size {size} --steps {10**9} --save-every {10**8}"
+            argv += " --log-every 5"
+            argv = argv.split() + ["--cuda-graph"] * args.cuda_graph
+            seconds, images = measure(name, argv, args.rounds, args.seconds)
+        ours, usual, updates = (seconds[way] for way in ("ours", "usual", "updates"))
+        print(
+            f"{name:8} {size:3} {images / ours:9.0f} {images / usual:9.0f} "
+            f"{usual / ours:6.2f} {ours / updates - 1:9.1%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
