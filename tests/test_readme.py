@@ -1,0 +1,86 @@
+"""What README and docs tell a reader to do, done: snippets, commands, and a script copied away."""
+
+import importlib.util
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import NAMES, ROOT, SCRIPTS, train
+from PIL import Image
+
+PAGES = [ROOT / "README.md", ROOT / "docs" / "python.md"]
+
+
+def test_python_snippets(monkeypatch):
+    """Each block runs by itself, on runs of the names that they have there."""
+    monkeypatch.syspath_prepend(ROOT)
+    flags = ["--steps", 2, "--save-every", 1, "--log-every", 1]
+    train("dcgan", "runs/dcgan-digits", *flags)
+    train("cgan", "runs/cgan-digits", *flags)
+    train("tricks", "runs/tricks-digits", *flags, "--ema", 0.9)
+    blocks = [re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S) for page in PAGES]
+    assert len(blocks[0]) >= 1 and len(blocks[1]) >= 3
+    for block in itertools.chain(*blocks):
+        if "pandas" not in block or importlib.util.find_spec("pandas"):
+            exec(compile(block, "README", "exec"), {})
+    assert Image.open("walk.png").size[0] > 100
+    assert Image.open("run.gif").n_frames == 3
+
+
+def test_commands_have_flags_that_exist():
+    """Every `python <script>.py ...` in README, docs and docstrings is a command that parses."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    pages += [ROOT / f"{name}.py" for name in SCRIPTS]
+    commands = set()
+    for page in pages:
+        commands |= set(re.findall(r"python (\w+)\.py ([^`\n|]*)", page.read_text("utf-8")))
+    parsed = 0
+    for name, flags in commands:
+        argv = flags.split()
+        # A run to continue or to draw from is not here.
+        if name in SCRIPTS and not {"--resume", "--generate", "--init", "--help"} & set(argv):
+            SCRIPTS[name].parse_args(argv)
+            parsed += 1
+    assert parsed > 15
+
+
+def replacements():
+    """The rows of README's table: what stands in a script, and what in a copy."""
+    table = (ROOT / "README.md").read_text("utf-8").partition("| in your copy |")[2]
+    rows = re.findall(r"^\| (`.*?) \| ?(.*?) ?\|$", table, re.M)
+    for left, right in rows:
+        yield re.findall(r"`(.*?)`", left), re.findall(r"`(.*?)`", right)
+
+
+@pytest.mark.parametrize("name", ["gan", "dcgan", "lsgan", "wgan", "wgan_gp", "sngan"])
+def test_a_copied_script_runs_without_common(name):
+    text = (ROOT / f"{name}.py").read_text("utf-8")
+    for old, new in replacements():
+        for snippet in old:
+            assert snippet in text or "float" in snippet or "fraction" in snippet
+            lines = []
+            for line in text.splitlines():
+                indent = line[: len(line) - len(line.lstrip())]
+                if snippet in line and new:
+                    # The first line takes the place of the snippet, further ones come after it.
+                    lines.append(line.replace(snippet, new[0]))
+                    lines += [indent + more for more in new[1:]]
+                elif snippet not in line:
+                    lines.append(line)
+            text = "\n".join(lines)
+    assert "common" not in text
+    text = text.replace("steps=20_000", "steps=3").replace("save_every=500", "save_every=2")
+    Path("copied.py").write_text(text, "utf-8")
+    code = "import copied; copied.main('--width 8 --batch-size 4 --z-dim 6'.split())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in Path().iterdir()} >= {"0.png", "2.png", "3.png", "checkpoint.pt"}
+
+
+def test_every_script_has_its_row():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for name in NAMES:
+        assert f"| [{name}.py]({name}.py) | [" in readme
