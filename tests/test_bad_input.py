@@ -267,16 +267,11 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
 
 
 def test_as_a_program():
-    """Through the shell: exit codes, one line, and no traceback."""
-    for flags, code, start in (
-        ("--lr 0", 2, "dcgan.py: error: argument --lr: "),
-        ("--dataset nothing", 1, "error: "),
-    ):
-        command = [sys.executable, str(ROOT / "dcgan.py"), "--device", "cpu", *flags.split()]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == code and done.stderr.count("\n") == 1
-        assert done.stderr.startswith(start)
-    assert not list(Path().iterdir())
+    """Through the shell: exit code, one line, and no traceback."""
+    command = [sys.executable, str(ROOT / "dcgan.py"), "--device", "cpu", "--dataset", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and not list(Path().iterdir())
 
 
 def test_help_shows_every_default(capsys):
