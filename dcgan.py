@@ -16,7 +16,7 @@ Deviations from the paper:
   channels of its figure 1.
 - MNIST, not photographs.
 - The authors' code also has L2 weight decay, batch norm per unit after G's dense layer, and no
-  biases in D's first and both last layers, updates D and G on alternating batches, and draws
+  biases in D's first and both last layers. It updates D and G on alternating batches, and draws
   samples with the statistics of their batch.
 
     python dcgan.py --width 16 --lr 1e-3 --batch-size 64 --steps 14000
