@@ -1,5 +1,4 @@
-"""Tricks: dcgan.py with nine well-known training tricks, each a function and a flag, off by
-default.
+"""Tricks: dcgan.py with ten well-known training tricks, each one flag, off by default.
 
     --smooth P              one-sided label smoothing     Salimans et al. 2016, 1606.03498, 3.4
     --flip P                noisy labels                  github.com/soumith/ganhacks
@@ -9,11 +8,12 @@ default.
     --minibatch-kernels B   D compares images             Salimans et al. 2016, 3.2
     --r1 GAMMA              penalty on D's gradient       Mescheder et al. 2018, 1801.04406, eq. 9
     --ema BETA              images by an average of G     Yazici et al. 2018, 1806.04498
-    --diffaug               all that D sees is augmented  Zhao et al. 2020, 2006.10738
+    --diffaug POLICY        all that D sees is augmented  Zhao et al. 2020, 2006.10738
+    --decay                 both rates fall to 0          github.com/Newmu/dcgan_code
 
 Differs from dcgan.py in: these and their calls. Without flags it trains as dcgan.py does, bit for
 bit. The noise of --noise falls to 0 at the last step, so that a --resume with more --steps brings
-it back.
+it back. With --decay, a --resume cannot change --steps.
 
     python tricks.py --width 16 --lr 1e-3 --steps 5000 --ema 0.99
 """
@@ -77,10 +77,24 @@ def parse_args(argv=None):
         default=0.0,
         help="decay of G's average, at most (step - 1) / (step + 9)",
     )
-    p.add_argument("--diffaug", action="store_true", help="augment all that D sees")
+    p.add_argument(
+        "--diffaug",
+        nargs="+",
+        choices=["color", "translation", "cutout"],
+        default=[],
+        help="augment all that D sees; the authors: color cutout, for few images all three",
+    )
+    p.add_argument(
+        "--decay", action="store_true", help="let both rates fall linearly to 0 at --steps"
+    )
     args = common.parse_args(p, argv)
     if args.minibatch_kernels and (args.r1 or args.feature_matching):
         p.error("--minibatch-kernels does not go with --r1 or --feature-matching: leave one out")
+    planned = p.get_default("steps")  # those of the run, with --resume
+    if args.resume and args.decay and args.steps != planned:
+        p.error(
+            f"--steps is {args.steps}, but the run's rates fall to 0 at {planned}: leave it out"
+        )
     return args
 
 
@@ -202,8 +216,9 @@ def flipped(y, p):
 
 
 def r1_penalty(D, x_real):
-    """E[||grad D(x)||^2] at real images (N, C, S, S), each one's own: Mescheder et al. 2018, eq.
-    9."""
+    """E[||grad D(x)||^2] at real images (N, C, S, S): the mean over the images of the squared norm
+    of each one's own gradient. Mescheder et al. 2018, eq. 9, weigh it by gamma / 2 as here; the
+    `reg_param` of their code has no 1/2, so that its 10 is --r1 20."""
     x_real = x_real.detach().requires_grad_()
     (grad,) = torch.autograd.grad(D(x_real).sum(), x_real, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
@@ -237,37 +252,55 @@ def replayed(pool, x_fake):
 
 
 def move_average(average, G, beta):
-    """average = beta average + (1 - beta) G, weights and batch norm's statistics: Yazici et al.
-    2018."""
-    for a, p in zip(average.state_dict().values(), G.state_dict().values(), strict=True):
-        a.copy_(beta * a + (1 - beta) * p)
+    """average = beta average + (1 - beta) G, for the weights and batch norm's statistics: Yazici et
+    al. 2018."""
+    moved = [t for t in average.state_dict().values() if t.is_floating_point()]
+    latest = [t for t in G.state_dict().values() if t.is_floating_point()]
+    torch.optim.swa_utils.get_ema_multi_avg_fn(beta)(moved, latest, None)
 
 
-def diffaug(x):
-    """Images (N, C, S, S), each in its own colours, shifted by up to S / 8, with a grey hole of
-    side S / 2, differentiably: Zhao et al. 2020, section 3.2, and
-    github.com/mit-han-lab/data-efficient-gans."""
-    n, _, s, _ = x.shape
+def diffaug(x, policy):
+    """Images (N, C, S, S), each augmented in its own way by the functions below that are in
+    `policy`: Zhao et al. 2020, section 3.2, and github.com/mit-han-lab/data-efficient-gans."""
+    if "color" in policy:
+        x = color(x)
+    if "translation" in policy:
+        x = translation(x)
+    if "cutout" in policy:
+        x = cutout(x)
+    return x
 
-    # Colours: another brightness, saturation and contrast for each image.
-    brightness, saturation, contrast = torch.rand(3, n, 1, 1, 1, device=x.device)
+
+def color(x):
+    """Images (N, C, S, S), each with a brightness, a saturation and a contrast of its own."""
+    brightness, saturation, contrast = torch.rand(3, len(x), 1, 1, 1, device=x.device)
     x = x + (brightness - 0.5)
     grey = x.mean(1, keepdim=True)
     x = grey + (x - grey) * (2 * saturation)
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = mean + (x - mean) * (contrast + 0.5)
+    return mean + (x - mean) * (contrast + 0.5)
 
-    # Shift: a window of the padded image, which begins at another row and column for each image.
+
+def translation(x):
+    """Images (N, C, S, S), each shifted by up to S / 8 in both directions, with zeros where it
+    came from."""
+    n, _, s, _ = x.shape
     pad = s // 8
+    # A window of the padded image, which begins at another row and column for each image.
     x = nn.functional.pad(x, [pad] * 4)
     side = torch.arange(s, device=x.device)
     rows, columns = side + torch.randint(2 * pad + 1, (2, n, 1), device=x.device)
     which = torch.arange(n, device=x.device)[:, None, None]
     x = x.permute(0, 2, 3, 1)
     x = x[which, rows[:, :, None], columns[:, None, :]]
-    x = x.permute(0, 3, 1, 2)
+    return x.permute(0, 3, 1, 2)
 
-    # Hole: its middle may lie on the border, and half of it outside.
+
+def cutout(x):
+    """Images (N, C, S, S), each with a hole of zeros of side S / 2. Its middle may lie on the
+    border, and half of it outside."""
+    n, _, s, _ = x.shape
+    side = torch.arange(s, device=x.device)
     from_middle = side - torch.randint(s + 1, (2, n, 1), device=x.device)
     in_rows, in_columns = (from_middle >= -(s // 4)) & (from_middle < s // 4)
     hole = in_rows[:, :, None] & in_columns[:, None, :]
@@ -289,8 +322,10 @@ def main(argv=None):
     G = G.to(args.device, memory_format=torch.channels_last)
     D = D.to(args.device, memory_format=torch.channels_last)
     betas = (args.beta1, args.beta2)
-    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
-    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
+    # A CUDA graph reads a rate that changes from a tensor.
+    lr = torch.tensor(args.lr, device=args.device) if args.decay else args.lr
+    opt_G = torch.optim.Adam(G.parameters(), lr=lr, betas=betas, fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=lr, betas=betas, fused=True)
 
     # The noise of all grids: they show how the same images change.
     fixed_z = torch.randn(64, args.z_dim, device=args.device)
@@ -306,7 +341,7 @@ def main(argv=None):
     def augment(x):
         """Images as D sees them."""
         if args.diffaug:
-            x = diffaug(x)
+            x = diffaug(x, args.diffaug)
         if args.noise:
             x = x + args.noise * fade * torch.randn_like(x)
         return x
@@ -370,6 +405,8 @@ def main(argv=None):
     if args.generate:
         return common.generate(args, draw)
     if first == 0:
+        if args.ema:
+            average.load_state_dict(G.state_dict())  # --init may have replaced G
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.
@@ -377,9 +414,13 @@ def main(argv=None):
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:
         fade.fill_(1 - step / args.steps)
+        if args.decay:
+            for opt in (opt_G, opt_D):
+                opt.param_groups[0]["lr"].fill_(args.lr * (1 - (step - 1) / args.steps))
         values = update()
         if args.ema:
-            # At first there is nothing to keep: the decay begins at 0.
+            # The first weights are not worth keeping, so that beta grows from 0 up to --ema. This
+            # ramp is ours; the authors begin with a copy of G and a beta of 0.9999.
             move_average(average, G, min(args.ema, (step - 1) / (step + 9)))
         save_due = step % args.save_every == 0 or step == args.steps
 

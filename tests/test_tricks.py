@@ -26,8 +26,11 @@ import common
 import tricks
 
 REAL, FAKE = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([-0.3, 1.2, -2.0])
-ONE = "replay 16,feature-matching,minibatch-kernels 4 --steps 160,r1 0.1,ema 0.9,diffaug"
-ALL = "--smooth 0.1 --flip 0.1 --noise 0.1 --replay 9 --feature-matching --r1 1 --ema 0.9 --diffaug"
+POLICY = "color translation cutout"
+ONE = "replay 16,feature-matching,minibatch-kernels 4 --steps 160,r1 0.1,ema 0.9,decay --steps 160"
+ONE += f",diffaug {POLICY}"
+ALL = "--smooth 0.1 --flip 0.1 --noise 0.1 --replay 9 --feature-matching --r1 1 --ema 0.9 --decay"
+ALL += f" --diffaug {POLICY}"
 
 
 def test_without_flags_it_is_dcgan():
@@ -177,9 +180,9 @@ def test_feature_distance():
 
 
 def test_feature_matching_compares_augmented_images(monkeypatch):
-    run, given = open_script("tricks", "--feature-matching", "--diffaug"), []
+    run, given = open_script("tricks", "--feature-matching", "--diffaug", "color"), []
     marked = []
-    monkeypatch.setattr(tricks, "diffaug", lambda x: marked.append(x + 2) or marked[-1])
+    monkeypatch.setattr(tricks, "diffaug", lambda x, policy: marked.append(x + 2) or marked[-1])
     monkeypatch.setattr(
         tricks, "feature_distance", lambda D, *x: given.append(x) or x[1].mean() * 0 + 4
     )
@@ -220,7 +223,7 @@ def test_r1(monkeypatch):
     assert penalty.item() == pytest.approx(w.detach().square().sum().item(), rel=1e-4)
     penalty.backward()
     assert torch.allclose(w.grad, 2 * w.detach(), rtol=1e-4)
-    run, at = open_script("tricks", "--r1", 3, "--diffaug"), []
+    run, at = open_script("tricks", "--r1", 3, "--diffaug", "color"), []
     assert not any(isinstance(m, nn.BatchNorm2d) for m in run.D.modules())
     he = (2 / 1.04 / (8 * 16)) ** 0.5
     assert run.D.net[2].weight.std().item() == pytest.approx(he, rel=0.1)
@@ -233,7 +236,7 @@ def test_r1(monkeypatch):
 
     monkeypatch.setattr(tricks, "r1_penalty", r1_penalty)
     monkeypatch.setattr(tricks, "d_loss", lambda *a: d_loss(*a) * 0)
-    monkeypatch.setattr(tricks, "diffaug", lambda x: shown.append(x) or x)
+    monkeypatch.setattr(tricks, "diffaug", lambda x, policy: shown.append(x) or x)
     real = recorded(monkeypatch, "sample_batch")
     assert run.update()["loss_D"].item() == 7.5
     assert torch.equal(at[0], real[0][0])
@@ -250,7 +253,9 @@ def test_move_average():
         if v.is_floating_point():
             assert torch.allclose(v, 0.75 * before[k] + 0.25 * G.state_dict()[k], atol=1e-6)
     tricks.move_average(average, G, 0.0)
-    assert same(average.state_dict(), G.state_dict())
+    for k, v in average.state_dict().items():
+        if v.is_floating_point():
+            assert torch.equal(v, G.state_dict()[k])
 
 
 def test_the_average_moves_in_each_step_and_draws_the_images(monkeypatch):
@@ -283,6 +288,33 @@ def test_the_average_moves_in_each_step_and_draws_the_images(monkeypatch):
     assert np.abs(grids["run"] - grids["G"]).max() > 3
 
 
+def test_the_average_begins_as_the_G_of_init():
+    train("tricks", "first", "--steps", 5)
+    for run, flags in (("without", []), ("with", ["--ema", 0.9])):
+        train("tricks", run, "--steps", 1, "--init", "first/checkpoint.pt", *flags)
+    grids = [Path(run, "samples", "000000.png").read_bytes() for run in ("without", "with")]
+    assert grids[0] == grids[1]
+
+
+def test_the_rates_fall_linearly(monkeypatch, capsys):
+    """From --lr in the first step, and for both optimisers; a resumed run ends where it was going
+    to end."""
+    rates, step = [], torch.optim.Adam.step
+
+    def watched(self, *args):
+        rates.append(float(self.param_groups[0]["lr"]))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    train("tricks", "falling", "--steps", 10, "--lr", 0.01, "--decay")
+    expected = [0.01 * (10 - k) / 10 for k in range(10)]
+    assert rates[::2] == pytest.approx(expected) and rates[1::2] == pytest.approx(expected)
+    with pytest.raises(SystemExit):
+        train("tricks", "falling", "--resume", "--steps", 20, small="")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--steps is 20, but the run's rates fall to 0 at 10" in error
+
+
 def test_diffaug_against_a_plain_loop(monkeypatch):
     """With the random numbers known: brightness, saturation, contrast, shift and hole of each
     image."""
@@ -296,7 +328,7 @@ def test_diffaug_against_a_plain_loop(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(torch, "rand", lambda *shape, device: colours)
         m.setattr(torch, "randint", lambda high, shape, device: draws.pop(0))
-        ours = tricks.diffaug(x)
+        ours = tricks.diffaug(x, POLICY.split())
     for i in range(n):
         brightness, saturation, contrast = colours[:, i, 0, 0, 0].tolist()
         image = x[i] + brightness - 0.5
@@ -322,7 +354,7 @@ def test_diffaug_draws_anew_for_each_image_in_its_ranges(monkeypatch):
         torch, "randint", lambda high, *a, **k: ranges.append(high) or randint(high, *a, **k)
     )
     x = torch.randn(200, 3, 16, 16).requires_grad_()
-    y = tricks.diffaug(x)
+    y = tricks.diffaug(x, POLICY.split())
     assert ranges == [5, 17], "shifts by -2 to 2, a hole's middle from 0 to 16"
     holes = {tuple(image.flatten().tolist()) for image in (y == 0).all(1)}
     assert len(holes) > 150, "rows and columns are drawn apart, and for each image"
@@ -330,8 +362,21 @@ def test_diffaug_draws_anew_for_each_image_in_its_ranges(monkeypatch):
     assert (grad != 0).any((1, 2, 3)).all()
 
 
+def test_the_policy_of_diffaug(monkeypatch):
+    x = torch.randn(4, 3, 16, 16)
+    assert tricks.diffaug(x, []) is x
+    for name in POLICY.split():
+        with monkeypatch.context() as m:
+            m.setattr(tricks, name, lambda x: x + 2)
+            others = [other for other in POLICY.split() if other != name]
+            assert torch.equal(tricks.diffaug(x, [name]), x + 2)
+            for other in others:
+                m.setattr(tricks, other, lambda x: x)
+            assert torch.equal(tricks.diffaug(x, others), x)
+
+
 def test_all_that_D_sees_is_augmented(monkeypatch):
-    seen, _ = seen_by_D(monkeypatch, "--diffaug", "--steps", 1)
+    seen, _ = seen_by_D(monkeypatch, "--diffaug", "cutout", "--steps", 1)
     assert len(seen) == 3
     assert all((image == 0).all(1).any((1, 2)).all() for image in seen)
 
