@@ -6,7 +6,9 @@ Errors that a user can fix end the program with one line on stderr: argparse's, 
 """
 
 import argparse
+import atexit
 import csv
+import datetime
 import functools
 import importlib.util
 import itertools
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
@@ -48,9 +51,15 @@ def fail(message):
     sys.exit(f"error: {message}")
 
 
+def say(message):
+    """Prints `message` as one line on stderr: under torchrun, once for all processes."""
+    if rank() == 0:
+        print(message, file=sys.stderr)
+
+
 def warn(message):
-    """Prints `message` as one line on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    """Says `message` as a warning."""
+    say(f"warning: {message}")
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -193,6 +202,9 @@ def parse_args(p, argv, generate_only=()):
     elif os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):
         p.error(f"{args.out_dir} holds a run: --resume it, or choose another --out-dir")
 
+    if world_size() > 1:
+        join_processes(p, args)
+
     if args.cuda_graph and "cuda" not in args.device:
         p.error(f"--cuda-graph needs CUDA, and --device is {args.device}")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -273,7 +285,7 @@ def load_data(args):
     line = f"{args.out_dir}: {number:,} images of {channels}x{size}x{size} from {args.dataset}"
     if classes:
         line += f", {len(classes)} classes: {first_ten(classes)}"
-    print(line, file=sys.stderr)
+    say(line)
     for message in left_out:
         warn(message)
 
@@ -343,7 +355,12 @@ def load_torchvision(name, data_dir, train=True):
     folder = Path(data_dir, getattr(dataset_class, "base_folder", dataset_class.__name__))
     has_files = any(file.is_file() for file in folder.rglob("*"))
     try:
+        # Rank 0 alone downloads; the other processes wait, and then find the files.
+        if rank() > 0:
+            dist.barrier()
         dataset = dataset_class(data_dir, train=train, download=True)
+        if world_size() > 1 and rank() == 0:
+            dist.barrier()
         images = torch.as_tensor(dataset.data)
         labels = torch.as_tensor(dataset.targets)
         if len(images) != len(labels) or labels.max() >= len(dataset.classes):
@@ -460,6 +477,8 @@ def decode_image(file, size):
 def save_grid(args, step, images, columns=8):
     """Writes images (N, C, S, S) in [-1, 1] as one grid, samples/<step>.png in `args.out_dir`, with
     `columns` images in a row, enlarged by a whole factor to 512 pixels or more."""
+    if rank() > 0:
+        return
     grid = torchvision.utils.make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
     factor = math.ceil(512 / max(grid.shape[1:]))
     enlarged = F.interpolate(grid[None], scale_factor=factor)
@@ -526,11 +545,13 @@ def start_run(args, data, state):
     folder = Path(args.out_dir)
     checkpoint = folder / "checkpoint.pt"
 
-    # On CUDA, optimisers count their steps on the GPU, where a CUDA graph needs the count.
     for part in state.values():
         if isinstance(part, torch.optim.Optimizer):
+            # On CUDA, optimisers count their steps on the GPU, where a CUDA graph needs the count.
             for group in part.param_groups:
                 group["capturable"] = args.device not in ("cpu", "mps")
+            if world_size() > 1:
+                part.register_step_pre_hook(average_gradients)
 
     if args.generate:
         saved = load_state(args, data, checkpoint, state)
@@ -540,27 +561,44 @@ def start_run(args, data, state):
         saved = load_state(args, data, checkpoint, state)
         check_data(args, data, saved)
         first = saved["step"]
-        drop_rows_after(first, folder / "log.csv")
-        # On another kind of device, the run gets new random numbers.
-        if saved["device"] == torch.device(args.device).type:
-            random_module(args).set_rng_state(saved["random"])
-        else:
-            torch.manual_seed(args.seed + first)
+        resume_random_numbers(args, saved)
     else:
         first = 0
-        clear_unfinished_run(folder)
         if args.init:
             load_state(args, data, args.init, {"G": state["G"], "D": state["D"]})
+        # All processes have made the same weights; from here on, each has its own noise.
+        if rank() > 0:
+            torch.manual_seed(args.seed + rank())
 
-    about = {**run_flags(args), **facts(data), "torch": torch.__version__}
-    with atomic_write(folder / "args.json") as f:
-        f.write(json.dumps(about, indent=1).encode())
+    if rank() == 0:
+        if args.resume:
+            drop_rows_after(first, folder / "log.csv")
+        else:
+            clear_unfinished_run(folder)
+        about = {**run_flags(args), **facts(data), "torch": torch.__version__}
+        with atomic_write(folder / "args.json") as f:
+            f.write(json.dumps(about, indent=1).encode())
     return first
 
 
+def resume_random_numbers(args, saved):
+    """Continues the random numbers of a run. On another kind of device, or with another number
+    of processes, they begin anew."""
+    device = torch.device(args.device).type
+    if saved["device"] == device and len(saved["random"]) == world_size():
+        random_module(args).set_rng_state(saved["random"][rank()])
+    else:
+        before = f"{saved['device']} with {len(saved['random'])} processes"
+        now = f"{device} with {world_size()}"
+        warn(f"the run was on {before}, and is now on {now}: its random numbers begin anew")
+        torch.manual_seed(args.seed + saved["step"] + rank())
+
+
 def run_flags(args):
-    """The flags that belong to the run, by name."""
-    return {name: value for name, value in vars(args).items() if name not in START_FLAGS}
+    """The flags that belong to the run, by name, as they were typed."""
+    flags = {name: value for name, value in vars(args).items() if name not in START_FLAGS}
+    flags["batch_size"] *= world_size()
+    return flags
 
 
 def facts(data):
@@ -650,26 +688,37 @@ def save_checkpoint(args, data, step, state):
     parts = {}
     for name, part in state.items():
         parts[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
+    random = [random_module(args).get_rng_state()]
+    if world_size() > 1:
+        mine = random[0]
+        random = [None] * world_size()
+        dist.all_gather_object(random, mine)
     saved = {
         "args": run_flags(args),
         "data": facts(data),
         "step": step,
         "state": parts,
         "device": torch.device(args.device).type,
-        "random": random_module(args).get_rng_state(),
+        "random": random,  # each process's
     }
-    with atomic_write(Path(args.out_dir, "checkpoint.pt")) as f:
-        torch.save(saved, f)
+    if rank() == 0:
+        with atomic_write(Path(args.out_dir, "checkpoint.pt")) as f:
+            torch.save(saved, f)
 
 
 def log(args, step, values):
     """Adds a row to log.csv in `args.out_dir`: step, time in Unix seconds, and `values`, scalar
-    tensors by name. Returns them as numbers, for which it waits for the device. Exits with an
-    error if one is not finite."""
-    numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+    tensors by name: under torchrun, their means over all processes. Returns them as numbers, for
+    which it waits for the device. Exits with an error if one is not finite."""
+    stacked = torch.stack(list(values.values()))
+    if world_size() > 1:
+        stacked = mean_over_processes(stacked)
+    numbers = dict(zip(values, stacked.tolist(), strict=True))
     for name, number in numbers.items():
         if not math.isfinite(number):
             fail(f"{name} is {number} at step {step}: try a lower --lr")
+    if rank() > 0:
+        return numbers
 
     file = Path(args.out_dir, "log.csv")
     is_new = not file.exists()
@@ -741,10 +790,76 @@ def cuda_graph(args, data, update):
             return values
         # Capturing an update records it, without running it.
         if calls == 4:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            # Other threads, such as one of NCCL's, may use CUDA meanwhile.
+            stream = torch.cuda.current_stream()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 run_update()
         # A replay runs it, and writes to the same tensors.
         graph.replay()
         return values
 
     return graphed_update
+
+
+# ------------------------------------------------------------------------ several GPUs, by torchrun
+
+
+def world_size():
+    """The number of processes that train together: 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """The number of this process among them, from 0. Rank 0 writes the files of the run."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join_processes(p, args):
+    """Connects this process to the others that torchrun has started, on the machine's next GPU,
+    and gives it an equal share of each batch. Exits with an error if that is not possible."""
+    if args.generate:
+        p.error("--generate needs one process: start it without torchrun")
+    if args.batch_size % world_size():
+        p.error(
+            f"--batch-size is {args.batch_size}, which {world_size()} processes cannot share "
+            "equally: choose a multiple"
+        )
+    if args.device not in ("cpu", "cuda"):
+        p.error(f"--device is {args.device}: torchrun needs cpu, or cuda for a GPU per process")
+
+    backend = "gloo"
+    if args.device == "cuda":
+        backend = "nccl"
+        local_rank = int(os.environ["LOCAL_RANK"])
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            p.error(f"torchrun has started too many processes: this machine has {gpus} GPUs")
+        args.device = f"cuda:{local_rank}"
+    args.batch_size //= world_size()
+
+    # An hour is enough for rank 0 to download a dataset while the others wait.
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+        atexit.register(dist.destroy_process_group)
+
+    # One progress bar is enough.
+    if rank() > 0:
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def average_gradients(optimiser, *_):
+    """Replaces the gradients that `optimiser` is going to use by their means over all processes. It
+    is called before each of its steps."""
+    parameters = [w for group in optimiser.param_groups for w in group["params"]]
+    gradients = [w.grad for w in parameters if w.grad is not None]
+    # One message for all of them is faster than one for each.
+    means = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, means.split(sizes), strict=True):
+        gradient.copy_(mean.view(gradient.shape))
+
+
+def mean_over_processes(x):
+    """The mean of a tensor over all processes, in its place."""
+    dist.all_reduce(x)
+    return x.div_(world_size())

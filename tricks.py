@@ -13,7 +13,9 @@
 
 Differs from dcgan.py in: these and their calls. Without flags it trains as dcgan.py does, bit for
 bit. The noise of --noise falls to 0 at the last step, so that a --resume with more --steps brings
-it back. With --decay, a --resume cannot change --steps.
+it back. With --decay, a --resume cannot change --steps. Under torchrun, the pool of --replay, the
+comparisons of --minibatch-kernels and the means of --feature-matching are each process's own, and
+a --resume gives the pool of rank 0 to all.
 
     python tricks.py --width 16 --lr 1e-3 --steps 5000 --ema 0.99
 """

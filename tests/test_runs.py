@@ -118,7 +118,7 @@ def test_resume_from_another_kind_of_device():
     """The run goes on with new random numbers; the optimisers run as they do here."""
     train("dcgan", "run", "--steps", 5)
     saved = checkpoint("run")
-    saved["device"], saved["random"] = "cuda", torch.zeros(16, dtype=torch.uint8)
+    saved["device"], saved["random"] = "cuda", [torch.zeros(16, dtype=torch.uint8)]
     for optimiser in ("opt_G", "opt_D"):
         saved["state"][optimiser]["param_groups"][0]["capturable"] = True
     torch.save(saved, "run/checkpoint.pt")

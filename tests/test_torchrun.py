@@ -1,0 +1,100 @@
+"""Two processes, started once by torchrun on the CPU: they train one network together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import NAMES, ROOT, checkpoint, log_rows, picture_folder, same, train
+
+import dcgan
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What the two processes saved, by rank, their folder, and what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    picture_folder(folder / "pictures", (0, 1), classes=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    program = [*command, str(ROOT / "tests" / "two_processes.py")]
+    done = subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return saved, folder, done.stderr
+
+
+@pytest.mark.parametrize("name", (*NAMES, "tricks"))
+def test_the_networks_stay_equal_and_the_gradients_are_means(both, name):
+    first, second = (saved[name] for saved in both[0])
+    for part in ("G", "D", "fixed_z"):
+        assert same(first[part], second[part])
+    for opt, steps in (("opt_D", 6), ("opt_G", 3)):
+        own, mean = f"{opt} own", f"{opt} mean"
+        assert len(first[own]) == len(first[mean]) == steps
+        for k in range(steps):
+            assert not torch.equal(first[own][k], second[own][k]), "noise and images of its own"
+            expected = (first[own][k] + second[own][k]) / 2
+            assert torch.allclose(first[mean][k], expected, atol=1e-7)
+            assert torch.equal(first[mean][k], second[mean][k])
+
+
+def test_half_of_a_batch_each_gives_the_gradient_of_the_whole_batch(both):
+    for saved in both[0]:
+        for ours, whole in saved["half"].values():
+            assert torch.allclose(ours, whole, rtol=1e-4, atol=1e-7) and whole.abs().max() > 1e-4
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(both):
+    _, folder, _ = both
+    whole, parts = checkpoint(folder / "whole"), checkpoint(folder / "parts")
+    assert same(whole, parts)
+    assert len(whole["random"]) == 2 and not torch.equal(*whole["random"])
+    assert log_rows(folder / "whole") == log_rows(folder / "parts")
+    assert [row["step"] for row in log_rows(folder / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rank_0_alone_prints_and_writes(both):
+    _, folder, printed = both
+    assert printed.count("dcgan: 2 images of 3x16x16") == 1
+    assert printed.count("| 0/3 [00:00<?") == len(NAMES) + 1, "a bar each"
+    assert len(list(folder.glob("dcgan/samples/*.png"))) == 2
+    rows = (folder / "dcgan" / "log.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "3"]
+
+
+def test_a_loss_that_is_not_finite_anywhere_ends_all(both):
+    saved, folder, _ = both
+    assert saved[0]["nan"] == saved[1]["nan"] == "error: loss_D is nan at step 7: try a lower --lr"
+    assert not (folder / "nan").exists()
+
+
+def test_the_batch_size_is_the_total_and_one_process_can_go_on(both, tmp_path, capsys):
+    _, folder, _ = both
+    assert checkpoint(folder / "whole")["args"]["batch_size"] == 4
+    assert json.loads((folder / "whole" / "args.json").read_text())["batch_size"] == 4
+    run = Path(folder, "whole")
+    train("dcgan", run, "--resume", "--steps", 7, data=folder / "pictures", small="")
+    assert "on cpu with 2 processes, and is now on cpu with 1" in capsys.readouterr().err
+    assert checkpoint(run)["args"]["batch_size"] == 4 and checkpoint(run)["step"] == 7
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--batch-size 5", "--batch-size is 5, which 2 processes cannot share equally"),
+        ("--out-dir run --generate 3", "--generate needs one process: start it without torchrun"),
+    ],
+)
+def test_what_torchrun_cannot_do(flags, message, monkeypatch, capsys):
+    train("dcgan", "run", "--steps", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        dcgan.parse_args(flags.split())
+    assert message in capsys.readouterr().err.splitlines()[-1]

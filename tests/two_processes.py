@@ -1,0 +1,89 @@
+"""Started by test_torchrun.py with torchrun, in two processes: trains every script, and saves what
+this process has seen in <rank>.pt."""
+
+from types import SimpleNamespace
+
+import torch
+from helpers import SCRIPTS, train
+
+import common
+import gan
+import wgan_gp
+
+HALF = 4
+
+
+def watched_start_run(args, data, state, start_run=common.start_run):
+    """start_run; afterwards `seen` has the state, and each gradient before and after its mean is
+    taken."""
+
+    def recorder(name, when):
+        def record(optimiser, *_):
+            weights = optimiser.param_groups[0]["params"]
+            gradients = torch.cat([w.grad.flatten().clone() for w in weights])
+            seen.setdefault(f"{name} {when}", []).append(gradients)
+
+        return record
+
+    for name in ("opt_D", "opt_G"):
+        state[name].register_step_pre_hook(recorder(name, "own"))
+    first = start_run(args, data, state)
+    for name in ("opt_D", "opt_G"):
+        state[name].register_step_pre_hook(recorder(name, "mean"))
+    seen.update(state)
+    return first
+
+
+def half_of_a_batch():
+    """The gradients that the optimisers get when each process has one half of a batch, and those
+    of the whole batch, for a G and a D without batch norm."""
+    torch.manual_seed(0)
+    G, D = gan.Generator(6, 8, 3, 16), wgan_gp.Discriminator(8, 3, 16)
+    opt_G, opt_D = (torch.optim.SGD(net.parameters(), lr=0.0) for net in (G, D))
+    x, z = torch.randn(2 * HALF, 3, 16, 16), torch.randn(2 * HALF, 6)
+    gradients = {}
+    state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
+    start_run(SimpleNamespace(**FLAGS, out_dir="half"), common.Data(1, 3, []), state)
+
+    def gradient(opt, net, loss, part):
+        opt.zero_grad()
+        loss(x[part], G(z[part])).backward()
+        if part != slice(None):
+            opt.step()
+        return torch.cat([w.grad.flatten() for w in net.parameters()])
+
+    mine = slice(HALF * common.rank(), HALF * (common.rank() + 1))
+    for name, opt, net, loss in (
+        ("D", opt_D, D, lambda x, fake: gan.d_loss(D(x), D(fake.detach()))),
+        ("G", opt_G, G, lambda x, fake: gan.g_loss(D(fake))),
+    ):
+        gradients[name] = [gradient(opt, net, loss, part) for part in (mine, slice(None))]
+    return gradients
+
+
+FLAGS = {"device": "cpu", "generate": None, "resume": False, "init": None, "seed": 0}
+FLAGS |= {"script": "dcgan", "batch_size": HALF}
+start_run = common.start_run
+common.start_run = watched_start_run
+results = {}
+for name in SCRIPTS:
+    seen = {}
+    train(name, name, "--steps", 3, "--n-critic", 2, "--lr", 0.01)
+    results[name] = {key: part for key, part in seen.items() if key.startswith("opt_D ")}
+    results[name] |= {key: part for key, part in seen.items() if key.startswith("opt_G ")}
+    results[name]["G"] = dict(seen["G"].named_parameters())
+    results[name]["D"] = dict(seen["D"].named_parameters())
+    results[name]["fixed_z"] = seen["fixed_z"]
+
+seen = {}
+train("dcgan", "whole", "--steps", 6, "--save-every", 2, "--log-every", 1)
+train("dcgan", "parts", "--steps", 4, "--save-every", 2, "--log-every", 1)
+train("dcgan", "parts", "--steps", 6, "--resume", small="")
+
+results["half"] = half_of_a_batch()
+try:
+    loss = float("nan") if common.rank() == 1 else 0.0
+    common.log(SimpleNamespace(out_dir="nan"), 7, {"loss_D": torch.tensor(loss)})
+except SystemExit as end:
+    results["nan"] = str(end)
+torch.save(results, f"{common.rank()}.pt")
