@@ -325,7 +325,7 @@ def main(argv=None):
     D = D.to(args.device, memory_format=torch.channels_last)
     betas = (args.beta1, args.beta2)
     # A CUDA graph reads a rate that changes from a tensor.
-    lr = torch.tensor(args.lr, device=args.device) if args.decay else args.lr
+    lr = torch.full((), args.lr, device=args.device) if args.decay else args.lr
     opt_G = torch.optim.Adam(G.parameters(), lr=lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=lr, betas=betas, fused=True)
 
