@@ -110,6 +110,7 @@ def test_a_new_flag_does_not_change_an_older_run(capsys):
 def test_on_cuda_optimisers_count_their_steps_on_the_gpu(device):
     optimiser = torch.optim.RMSprop([torch.zeros(1)])
     args = SimpleNamespace(out_dir="run", device=device, generate=None, resume=False, init=None)
+    args.batch_size = 1
     common.start_run(args, common.Data(1, 1, []), {"opt": optimiser})
     assert optimiser.param_groups[0]["capturable"] is (device == "cuda")
 
@@ -363,7 +364,7 @@ def fake_cuda_graphs(monkeypatch):
     events = []
 
     @contextlib.contextmanager
-    def graph(graph, stream):
+    def graph(graph, stream, capture_error_mode):
         events.append("capture")
         yield
 
