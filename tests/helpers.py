@@ -20,7 +20,7 @@ import common
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 CONVOLUTIONAL = NAMES[1:]
-SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, "tricks")}
+SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, "tricks", "ssgan")}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROOT = Path(__file__).parent.parent
 
@@ -88,13 +88,33 @@ def write_cifar10(data_dir, monkeypatch, n=10, seed=0):
     return np.concatenate(images), np.array(labels)
 
 
+def class_folder(folder, each=20):
+    """A folder of two pictures, each `each` times with another brightness, in a subfolder per
+    class."""
+    rng = np.random.default_rng(0)
+    for k in (0, 1):
+        for i in range(each):
+            file = folder / f"class{k}" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image = picture(k) * rng.uniform(0.8, 1.0)
+            Image.fromarray(image.astype(np.uint8)).save(file)
+    return folder
+
+
 SMALL = "--image-size 16 --width 8 --batch-size 4 --z-dim 6 --log-every 5 --save-every 5"
 
 
-def train(name, run, *flags, data="pictures", small=SMALL, device="cpu"):
-    """Runs a script's main on two pictures, one per class, into the folder `run`."""
-    if not Path(data).exists():
-        picture_folder(Path(data), (0, 1), classes=True)
+def train(name, run, *flags, data=None, small=SMALL, device="cpu"):
+    """Runs a script's main into the folder `run`: on two pictures, one per class, or for ssgan on
+    40 of them with one label per class."""
+    if name == "ssgan":
+        flags = ["--labels", 2, "--width", 32, *flags]
+    if data is None:
+        data = Path("many" if name == "ssgan" else "pictures")
+        if name == "ssgan" and not data.exists():
+            class_folder(data)
+        elif not data.exists():
+            picture_folder(data, (0, 1), classes=True)
     argv = ["--dataset", data, "--out-dir", run, "--device", device, *small.split(), *flags]
     SCRIPTS[name].main([str(flag) for flag in argv])
 

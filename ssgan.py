@@ -1,0 +1,373 @@
+"""SSGAN: semi-supervised learning, in which ten labels a class are enough to learn to classify.
+
+Salimans et al. 2016, Improved Techniques for Training GANs, section 5.
+https://arxiv.org/abs/1606.03498
+
+D has a logit for each class, l_1 ... l_K, and "fake" is one class more, whose logit is fixed at 0.
+With s = log sum_k exp(l_k), "real" has the probability sigmoid(s). G matches D's features f.
+
+    D:  min  E[-l_y(x) + s(x)]                          labelled images x, y
+             - 1/2 E[log sigmoid(s(x))]                 unlabelled images
+             - 1/2 E[log(1 - sigmoid(s(G(z))))]
+    G:  min  mean_i (E[f_i(x)] - E[f_i(G(z))])^2        unlabelled images
+
+Differs from gan.py in: D classifies, and learns from a few labelled images as well; it has weight
+norm and noise in place of maxout and dropout, and starts with normalised activations; G matches
+features; the test error is that of an average of D's weights.
+
+The networks are those of the authors' MNIST code (github.com/openai/improved-gan,
+train_mnist_feature_matching.py). Deviations from it:
+- Images have 32 pixels: MNIST's 28 are padded.
+- Unlabelled images are drawn with replacement, not in epochs of 600 updates.
+- Batch norm in G has a gain.
+- The average moves faster at first; theirs starts at 0 and always moves by 1/10,000 of the way.
+
+    python ssgan.py --labels 100 --steps 36000
+"""
+
+import copy
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import common
+
+
+def parse_args(argv=None):
+    p = ArgumentParser(
+        prog="ssgan.py",
+        description=__doc__.splitlines()[0],
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--batch-size", type=common.positive_int, default=100, help="images per update")
+    p.add_argument("--z-dim", type=common.positive_int, default=100, help="dimensions of z")
+    p.add_argument(
+        "--width", type=common.positive_int, default=1000, help="units of D's first layer"
+    )
+    p.add_argument("--lr", type=common.positive_float, default=3e-3, help="learning rate")
+    p.add_argument("--beta1", type=common.fraction, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=common.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--n-critic", type=common.positive_int, default=1, help="D updates per G update")
+    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument(
+        "--labels", type=common.positive_int, default=100, help="labelled images, of all classes"
+    )
+    p.add_argument(
+        "--label-seed", type=common.non_negative_int, default=0, help="which images are labelled"
+    )
+    p.add_argument(
+        "--unlabelled-weight",
+        type=common.non_negative_float,
+        default=1.0,
+        help="weight of D's loss of unlabelled images and fakes; 0 learns from the labels alone",
+    )
+    return common.parse_args(p, argv)
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def split(args, data):
+    """The training images as Data, and the test images and labels: those of the dataset, or else a
+    tenth of its images, which are taken out of the training images. Exits with an error if the
+    images have no labels."""
+    if not data.classes:
+        common.fail(f"{args.dataset} has no labels: use a folder with one subfolder per class")
+    if args.dataset in common.TORCHVISION_DATASETS:
+        images, labels, _ = common.load_torchvision(args.dataset, args.data_dir, train=False)
+        images = nn.functional.interpolate(images.float(), args.image_size, mode="bilinear")
+        return data, images.round().byte().to(data.images.device), labels.to(data.images.device)
+
+    order = torch.randperm(data.number, generator=torch.Generator().manual_seed(0))
+    order = order.to(data.images.device)
+    n = max(1, data.number // 10)
+    test, train = order[:n], order[n:]
+    images, labels = data.images[test], data.labels[test]
+    data = common.Data(
+        len(train), data.channels, data.classes, data.images[train], data.labels[train]
+    )
+    return data, images, labels
+
+
+def choose_labelled(args, data):
+    """Indices of the images whose labels D may see, (labels,) int64: equally many of each class,
+    the same ones for the same `args.label_seed`. Exits with an error if that is not possible."""
+    n_classes = len(data.classes)
+    each = args.labels // n_classes
+    if each * n_classes != args.labels:
+        common.fail(f"--labels is {args.labels}, which is not a multiple of {n_classes} classes")
+    rng = torch.Generator().manual_seed(args.label_seed)
+    order = torch.randperm(data.number, generator=rng).to(data.labels.device)
+    chosen = []
+    for k in range(n_classes):
+        of_class = order[data.labels[order] == k][:each]
+        if len(of_class) < each:
+            common.fail(f"{args.dataset} has only {len(of_class)} images of {data.classes[k]}")
+        chosen.append(of_class)
+    return torch.cat(chosen)
+
+
+def scaled(images):
+    """uint8 images as float32 in [-1, 1]."""
+    return images.float().div(127.5).sub(1)
+
+
+# ----------------------------------------------------------------------------------------- networks
+
+
+class Generator(nn.Module):
+    """z (N, z_dim), uniform in [0, 1) -> images (N, channels, image_size, image_size) in [-1, 1].
+
+    The comments have the number of units at the default width.
+    """
+
+    def __init__(self, z_dim, width, channels, image_size):
+        super().__init__()
+        c = max(1, width // 2)
+        last = nn.Linear(c, channels * image_size**2)
+        layers = [nn.Linear(z_dim, c, bias=False), nn.BatchNorm1d(c), nn.Softplus()]  # 500
+        layers += [nn.Linear(c, c, bias=False), nn.BatchNorm1d(c), nn.Softplus()]  # 500
+        layers += [last, nn.Sigmoid()]  # channels * 32 * 32
+        layers += [nn.Unflatten(1, (channels, image_size, image_size))]
+        self.net = nn.Sequential(*layers).apply(init_weights)
+
+        # Weight norm, with a scale that starts at 1.
+        nn.utils.parametrizations.weight_norm(last)
+        nn.init.ones_(last.parametrizations.weight.original0)
+
+    def forward(self, z):
+        return 2 * self.net(z) - 1
+
+
+class Noise(nn.Module):
+    """Adds noise of standard deviation `std` in training mode."""
+
+    def __init__(self, std):
+        super().__init__()
+        self.std = std
+
+    def forward(self, x):
+        if self.training:
+            x = x + self.std * torch.randn_like(x)
+        return x
+
+
+class Discriminator(nn.Module):
+    """Images (N, channels, image_size, image_size) in [-1, 1] -> logits of the classes (N, K).
+
+    `features(x)` are the activations of the last hidden layer, (N, width / 4).
+    """
+
+    def __init__(self, width, channels, image_size, n_classes):
+        super().__init__()
+        # 1000, 500, 250, 250, 250 units, with noise before each of them
+        units = [width, max(1, width // 2)] + [max(1, width // 4)] * 3
+        layers = [nn.Flatten()]
+        n_in, std = channels * image_size**2, 0.3
+        for n_out in units:
+            layers += [Noise(std), weight_normed(n_in, n_out), nn.ReLU()]
+            n_in, std = n_out, 0.5
+        self.hidden = nn.Sequential(*layers)
+        self.noise = Noise(0.5)
+        self.last = weight_normed(n_in, n_classes)
+
+    def features(self, x):
+        return self.hidden((x + 1) / 2)
+
+    def forward(self, x):
+        return self.last(self.noise(self.features(x)))
+
+    def trained(self):
+        """The parameters that learn: all but the scales of the hidden layers' weight norm."""
+        fixed = "parametrizations.weight.original0"
+        return [
+            w
+            for name, w in self.named_parameters()
+            if name.startswith("last") or not name.endswith(fixed)
+        ]
+
+    @torch.no_grad()
+    def normalise(self, x):
+        """Scales and shifts each layer so that its outputs of the images x have mean 0 and
+        variance 1, before any nonlinearity."""
+        h = (x + 1) / 2
+        for layer in [*self.hidden, self.noise, self.last]:
+            if isinstance(layer, nn.Linear):
+                out = layer(h)
+                std, mean = torch.std_mean(out, 0, correction=0)
+                layer.parametrizations.weight.original0.div_(std[:, None])
+                layer.bias.copy_(-mean / std)
+            h = layer(h)
+
+
+def weight_normed(n_in, n_out):
+    """A linear layer with weight norm (Salimans, Kingma 2016, arXiv 1602.07868), from N(0, 0.1)."""
+    layer = nn.Linear(n_in, n_out)
+    nn.init.normal_(layer.weight, 0.0, 0.1)
+    nn.init.zeros_(layer.bias)
+    return nn.utils.parametrizations.weight_norm(layer)
+
+
+def init_weights(m):
+    """Glorot's uniform weights and biases 0, as in the authors' G."""
+    if isinstance(m, nn.Linear):
+        nn.init.xavier_uniform_(m.weight)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def d_loss_labelled(logits, y):
+    """E[-l_y + s], the cross entropy of the classes, from logits (N, K) and labels (N,):
+    section 5."""
+    s = logits.logsumexp(1)
+    return (s - logits.gather(1, y[:, None])[:, 0]).mean()
+
+
+def d_loss_unlabelled(logits_real, logits_fake):
+    """1/2 E[-s + softplus(s)] of unlabelled images and 1/2 E[softplus(s)] of fakes, from logits
+    (N, K): minus log D(x) and minus log(1 - D(G(z))), where D = Z / (Z + 1) and Z = exp(s):
+    section 5."""
+    s_real, s_fake = logits_real.logsumexp(1), logits_fake.logsumexp(1)
+    softplus = nn.functional.softplus
+    return 0.5 * (softplus(s_real) - s_real).mean() + 0.5 * softplus(s_fake).mean()
+
+
+def g_loss(f_real, f_fake):
+    """The mean over D's features of (E[f(x)] - E[f(G(z))])^2, from features (N, F): section 3.1."""
+    return (f_real.mean(0) - f_fake.mean(0)).square().mean()
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+    if not args.generate:
+        data, test_images, test_labels = split(args, data)
+        labelled = choose_labelled(args, data)
+        x_labelled = scaled(data.images[labelled]).to(args.device)
+        y_labelled = data.labels[labelled].to(args.device)
+
+    # Networks and optimisers.
+    G = Generator(args.z_dim, args.width, data.channels, args.image_size)
+    D = Discriminator(args.width, data.channels, args.image_size, len(data.classes))
+    G = G.to(args.device, memory_format=torch.channels_last)
+    D = D.to(args.device, memory_format=torch.channels_last)
+    betas = (args.beta1, args.beta2)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
+    opt_D = torch.optim.Adam(D.trained(), lr=args.lr, betas=betas, fused=True)
+    if not args.generate:
+        D.normalise(scaled(data.images[:500]).to(args.device))
+
+    # The average of D's weights, which is tested, and its latest share of wrong test images.
+    average = copy.deepcopy(D).eval()
+    test_error = torch.ones((), device=args.device)
+
+    # The noise of all grids: they show how the same images change.
+    fixed_z = torch.rand(64, args.z_dim, device=args.device)
+
+    def labelled_batch():
+        """All labelled images, again and again, each time in another order, up to a batch."""
+        repeats = -(-args.batch_size // args.labels)
+        order = torch.rand(repeats, args.labels, device=args.device).argsort(1)
+        index = order.flatten()[: args.batch_size]
+        return x_labelled[index], y_labelled[index]
+
+    def d_step(x_real):
+        """One update of D: minimise d_loss_labelled + d_loss_unlabelled, with G fixed."""
+        D.requires_grad_(True)
+        x, y = labelled_batch()
+        with torch.no_grad():
+            x_fake = G(torch.rand(args.batch_size, args.z_dim, device=args.device))
+        d_real, d_fake = D(x_real), D(x_fake)
+        loss_D = d_loss_labelled(D(x), y)
+        loss_D = loss_D + args.unlabelled_weight * d_loss_unlabelled(d_real, d_fake)
+        opt_D.zero_grad()
+        loss_D.backward()
+        opt_D.step()
+        return loss_D, d_real.logsumexp(1).mean(), d_fake.logsumexp(1).mean()
+
+    def g_step(x_real):
+        """One update of G: minimise g_loss, with D fixed."""
+        D.requires_grad_(False)
+        x_fake = G(torch.rand(args.batch_size, args.z_dim, device=args.device))
+        loss_G = g_loss(D.features(x_real), D.features(x_fake))
+        opt_G.zero_grad()
+        loss_G.backward()
+        opt_G.step()
+        return loss_G
+
+    def update():
+        """One step: n_critic updates of D, then one of G, each on its own minibatch."""
+        for _ in range(args.n_critic):
+            x_real, _ = common.sample_batch(args, data)
+            loss_D, d_real, d_fake = d_step(x_real)
+        x_real, _ = common.sample_batch(args, data)
+        loss_G = g_step(x_real)
+        return {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
+
+    def move_average(beta):
+        """average = beta average + (1 - beta) D."""
+        move = torch.optim.swa_utils.get_ema_multi_avg_fn(beta)
+        move(list(average.parameters()), list(D.parameters()), None)
+
+    @torch.no_grad()
+    def errors():
+        """How many test images the average classifies wrongly, without noise."""
+        wrong = 0
+        for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True):
+            predicted = average(scaled(x.to(args.device))).argmax(1)
+            wrong += (predicted != y.to(args.device)).sum()
+        return wrong
+
+    @torch.no_grad()
+    def sample(z):
+        """G's images of z in evaluation mode, in which batch norm uses its running statistics."""
+        x = G.eval()(z)
+        G.train()
+        return x
+
+    def draw(n):
+        """n images of new noise, for --generate."""
+        return sample(torch.rand(n, args.z_dim, device=args.device))
+
+    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
+    state.update(average=average, test_error=test_error)
+    first = common.start_run(args, data, state)
+    if args.generate:
+        return common.generate(args, draw)
+    if first == 0:
+        average.load_state_dict(D.state_dict())  # --init may have replaced D
+        common.save_grid(args, 0, sample(fixed_z))
+
+    # Train.
+    update = common.cuda_graph(args, data, update)
+    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    for step in progress:
+        values = update()
+        # The authors' 0.9999 is too slow for the first 100,000 steps.
+        move_average(min(0.9999, (step - 1) / (step + 9)))
+        save_due = step % args.save_every == 0 or step == args.steps
+        if save_due:
+            test_error.copy_(errors() / len(test_labels))
+
+        # A loss that is not finite stops the run here, before anything is saved.
+        if save_due or step % args.log_every == 0:
+            values = {**values, "test_error": test_error}
+            progress.set_postfix(common.log(args, step, values), refresh=False)
+        if save_due:
+            common.save_grid(args, step, sample(fixed_z))
+            common.save_checkpoint(args, data, step, state)
+    common.say(f"errors: {int(errors()):,} of {len(test_labels):,} test images")
+
+
+if __name__ == "__main__":
+    main()

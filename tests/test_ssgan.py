@@ -1,0 +1,215 @@
+"""ssgan.py: its losses in closed form, its networks, its data, and that it learns."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    checkpoint,
+    class_folder,
+    log_rows,
+    open_script,
+    picture,
+    recorded,
+    same,
+    train,
+    write_mnist,
+)
+from PIL import Image
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import common
+import ssgan
+
+
+def test_labelled_loss():
+    """Cross entropy; ln 10 for ten logits of 0."""
+    logits, y = torch.randn(6, 10), torch.arange(6)
+    ours = ssgan.d_loss_labelled(logits, y).item()
+    assert ours == pytest.approx(cross_entropy(logits, y).item(), rel=1e-5)
+    assert ssgan.d_loss_labelled(torch.zeros(6, 10), y).item() == pytest.approx(math.log(10))
+
+
+def test_unlabelled_loss():
+    """Half of the cross entropies with an eleventh logit for "fake", fixed at 0: real images are
+    in one of the first ten classes, whichever."""
+    real, fake = torch.randn(6, 10), torch.randn(5, 10)
+    eleven = [torch.cat([x, torch.zeros(len(x), 1)], 1).log_softmax(1) for x in (real, fake)]
+    expected = -0.5 * eleven[0][:, :10].logsumexp(1).mean() - 0.5 * eleven[1][:, 10].mean()
+    assert ssgan.d_loss_unlabelled(real, fake).item() == pytest.approx(expected.item(), rel=1e-5)
+    zeros = torch.zeros(3, 10)
+    expected = 0.5 * math.log(11 / 10) + 0.5 * math.log(11)
+    assert ssgan.d_loss_unlabelled(zeros, zeros).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_large_logits_do_not_overflow():
+    for sign in (1, -1):
+        logits = torch.full((4, 10), 1000.0 * sign, requires_grad=True)
+        loss = ssgan.d_loss_labelled(logits, torch.arange(4)) + ssgan.d_loss_unlabelled(
+            logits, logits
+        )
+        loss.backward()
+        assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+def test_g_loss():
+    f_real, f_fake = torch.randn(7, 5), torch.randn(4, 5)
+    expected = sum((f_real[:, i].mean() - f_fake[:, i].mean()) ** 2 for i in range(5)) / 5
+    assert ssgan.g_loss(f_real, f_fake).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_networks():
+    torch.manual_seed(0)
+    G, D = ssgan.Generator(6, 16, 3, 16), ssgan.Discriminator(16, 3, 16, 5)
+    x = G(torch.rand(8, 6))
+    assert x.shape == (8, 3, 16, 16) and x.min() >= -1 and x.max() <= 1
+    assert D(x).shape == (8, 5) and D.features(x).shape == (8, 4)
+    assert (D.features(x) >= 0).all(), "after ReLU"
+    assert not torch.equal(D(x), D(x)), "noise while training"
+    D.eval()
+    assert torch.equal(D(x), D(x)), "and none afterwards"
+    stds = [m.std for m in D.modules() if isinstance(m, ssgan.Noise)]
+    assert stds == [0.3, 0.5, 0.5, 0.5, 0.5, 0.5]
+    seen = []
+    D.hidden[0].register_forward_hook(lambda m, inputs, out: seen.append(inputs[0]))
+    D(x)
+    assert torch.allclose(seen[0], (x + 1) / 2)
+    scale = G.net[6].parametrizations.weight.original0
+    assert torch.equal(scale, torch.ones_like(scale)) and scale.requires_grad
+
+
+def test_noise_has_its_standard_deviation():
+    x = torch.zeros(100, 100)
+    assert ssgan.Noise(0.3)(x).std().item() == pytest.approx(0.3, rel=0.03)
+
+
+def test_only_the_last_scale_of_weight_norm_learns():
+    D = ssgan.Discriminator(16, 3, 16, 5)
+    trained = {id(w) for w in D.trained()}
+    for name, w in D.named_parameters():
+        fixed = name.startswith("hidden") and name.endswith("original0")
+        assert (id(w) in trained) != fixed
+    run = open_script("ssgan", "--labels", 3, "--lr", 0.01)
+    scales = [m.parametrizations.weight.original0 for m in run.D.hidden if isinstance(m, nn.Linear)]
+    before = [scale.clone() for scale in scales]
+    last = run.D.last.parametrizations.weight.original0.clone()
+    for _ in range(3):
+        run.update()
+    assert same(before, scales)
+    assert not torch.equal(last, run.D.last.parametrizations.weight.original0)
+
+
+def test_the_activations_start_normalised():
+    D = ssgan.Discriminator(64, 1, 16, 5)
+    for m in D.modules():
+        if isinstance(m, ssgan.Noise):
+            m.std = 0.0
+    x = torch.rand(300, 1, 16, 16) * 2 - 1
+    D.normalise(x)
+    outputs = []
+    for m in D.modules():
+        if isinstance(m, nn.Linear):
+            m.register_forward_hook(lambda m, inputs, out: outputs.append(out))
+    D(x)
+    assert len(outputs) == 6
+    for out in outputs:
+        assert out.mean(0).abs().max() < 1e-4
+        assert torch.allclose(out.std(0, correction=0), torch.ones(out.shape[1]), atol=1e-3)
+
+
+def test_labelled_images(monkeypatch):
+    """Equally many of each class; other ones for another seed; all of them again and again."""
+    labels = torch.randint(10, (1000,))
+    data = common.Data(1000, 1, list("0123456789"), torch.zeros(1000, 1, 16, 16), labels)
+    args = ssgan.parse_args(["--labels", "20"])
+    chosen = ssgan.choose_labelled(args, data)
+    assert labels[chosen].bincount().tolist() == [2] * 10 and len(chosen.unique()) == 20
+    assert torch.equal(chosen, ssgan.choose_labelled(args, data))
+    other = ssgan.choose_labelled(ssgan.parse_args(["--labels", "20", "--label-seed", "1"]), data)
+    assert not torch.equal(chosen, other)
+
+    run, seen = open_script("ssgan", "--labels", 3, "--batch-size", 9), []
+    loss = ssgan.d_loss_labelled
+    monkeypatch.setattr(
+        ssgan, "d_loss_labelled", lambda logits, y: seen.append(y) or loss(logits, y)
+    )
+    run.update()
+    assert seen[0].bincount().tolist() == [3, 3, 3]
+
+
+def test_G_gets_unlabelled_images_of_its_own(monkeypatch):
+    run = open_script("ssgan", "--labels", 3, "--n-critic", 2)
+    real, seen = recorded(monkeypatch, "sample_batch"), []
+    features = run.D.features
+    run.D.features = lambda x: seen.append(x) or features(x)
+    run.update()
+    assert len(real) == 3
+    assert seen[-2] is real[2][0], "those that G's features are compared with"
+    assert seen[0] is real[0][0]
+
+
+def test_test_images_are_never_in_training(tmp_path):
+    """A tenth of a folder is held out; a dataset of torchvision has test images of its own."""
+    run = open_script("ssgan", "--labels", 2, dataset=class_folder(tmp_path / "images"))
+    train_images = {image.numpy().tobytes() for image in run.data.images}
+    assert run.data.number == len(run.data.images) == 36
+
+    args = ssgan.parse_args(["--dataset", str(tmp_path / "images"), "--image-size", "16"])
+    data, images, labels = ssgan.split(args, common.load_data(args))
+    assert len(images) == len(labels) == 4
+    assert not train_images & {image.numpy().tobytes() for image in images}
+
+    write_mnist(tmp_path, n=20)
+    args = ssgan.parse_args(["--data-dir", str(tmp_path)])
+    data, images, labels = ssgan.split(args, common.load_data(args))
+    assert data.number == 20 and len(images) == 20 and images.dtype == torch.uint8
+    expected = common.load_torchvision("mnist", str(tmp_path), train=False)
+    assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [(3, "--labels is 3, which is not a multiple of 2 classes"), (100, "images of class")],
+)
+def test_labels_that_cannot_be_had(labels, message, tmp_path, capsys):
+    data = class_folder(tmp_path / "images")
+    with pytest.raises(SystemExit) as end:
+        train("ssgan", "run", "--labels", labels, data=data)
+    assert message in str(end.value)
+
+
+def test_images_without_labels(tmp_path):
+    file = tmp_path / "flat" / "0.png"
+    file.parent.mkdir()
+    Image.fromarray(picture(0)).save(file)
+    with pytest.raises(SystemExit, match="has no labels: use a folder with"):
+        train("ssgan", "run", data=file.parent)
+
+
+def test_resume_is_bit_for_bit(tmp_path):
+    data = class_folder(tmp_path / "images")
+    train("ssgan", "whole", "--steps", 10, data=data)
+    train("ssgan", "parts", "--steps", 5, data=data)
+    train("ssgan", "parts", "--steps", 10, "--resume", data=data, small="")
+    assert log_rows("parts") == log_rows("whole")
+    assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
+
+
+def test_learns_two_classes_from_one_label_each(tmp_path, capsys):
+    """It classifies the test images, by the average, and G draws pictures like the real ones."""
+    data = class_folder(tmp_path / "images")
+    flags = "--image-size 16 --width 64 --batch-size 16 --z-dim 6 --steps 400 --save-every 1000"
+    train("ssgan", "run", "--labels", 2, data=data, small=flags)
+    assert "errors: 0 of 4 test images" in capsys.readouterr().err
+    assert log_rows("run")[-1]["test_error"] == 0
+    saved = checkpoint("run")["state"]
+    assert not same(saved["average"], saved["D"])
+
+    ssgan.main(["--out-dir", "run", "--device", "cpu", "--generate", "8"])
+    drawn = [np.asarray(Image.open(file), float) for file in Path("run", "generated").iterdir()]
+    distances = [[np.abs(image - 0.9 * picture(k)).mean() for k in (0, 1)] for image in drawn]
+    assert np.min(distances, axis=1).mean() < 50, distances
+    assert set(np.argmin(distances, axis=1)) == {0, 1}, "both pictures"
