@@ -276,8 +276,7 @@ def load_data(args):
         classes = list("0123456789")
     elif args.dataset in TORCHVISION_DATASETS:
         images, labels, classes = load_torchvision(args.dataset, args.data_dir)
-        parts = [TF.resize(part, [size, size], antialias=True) for part in images.split(1000)]
-        images = torch.cat(parts)
+        images = resize(images, size)
     else:
         images, labels, classes, left_out = load_folder(args.dataset, size)
 
@@ -294,6 +293,12 @@ def load_data(args):
         images = images.to(args.device)
         labels = labels.to(args.device)
     return Data(number, channels, classes, images, labels)
+
+
+def resize(images, size):
+    """Images uint8 (N, C, S, S) as (N, C, size, size), with antialiasing."""
+    parts = [TF.resize(part, [size, size], antialias=True) for part in images.split(1000)]
+    return torch.cat(parts)
 
 
 def first_ten(names):

@@ -77,8 +77,8 @@ def split(args, data):
         common.fail(f"{args.dataset} has no labels: use a folder with one subfolder per class")
     if args.dataset in common.TORCHVISION_DATASETS:
         images, labels, _ = common.load_torchvision(args.dataset, args.data_dir, train=False)
-        images = nn.functional.interpolate(images.float(), args.image_size, mode="bilinear")
-        return data, images.round().byte().to(data.images.device), labels.to(data.images.device)
+        images = common.resize(images, args.image_size)
+        return data, images.to(data.images.device), labels.to(data.images.device)
 
     order = torch.randperm(data.number, generator=torch.Generator().manual_seed(0))
     order = order.to(data.images.device)

@@ -10,7 +10,7 @@ PAGE = ROOT / "docs" / "what-changed.md"
 
 INTRODUCTION = """# What changed
 
-Seven ideas, each a small change to a script before it: what its paper had in mind, what D and G
+Eight ideas, each a small change to a script before it: what its paper had in mind, what D and G
 are trained for before and after, and every line that differs, except docstrings and flags. The
 first idea is that of [`gan.py`](../gan.py): D learns to tell real images from G's, and G to draw
 images that D takes for real.
@@ -36,6 +36,10 @@ generated images: ask for that slope by a penalty, and leave the weights free.
 
 dcgan sngan: A layer is at most as steep as its largest singular value. Dividing each weight by an
 estimate of it bounds how steep D can be everywhere, at hardly any cost and with no second gradient.
+
+gan ssgan: A classifier with few labels can still learn from images without: each belongs to one of
+its classes, whichever, and G's belong to none. G does not try to deceive D here, which would make
+it too good a teacher of details; it matches D's features on average.
 """
 
 
@@ -45,11 +49,10 @@ def objectives(text):
 
 
 def parts(text):
-    """The lines of a script's networks, losses and steps by name, without docstrings."""
+    """The lines of a script under each of its banners, such as "networks", without docstrings."""
     text = re.sub(r' *""".*?"""\n+', "", text, flags=re.DOTALL)
-    _, *sections = re.split(r"\n+# -+ \w+\n+", text)
-    names = ("Networks", "Losses", "Steps")
-    return {name: part.splitlines() for name, part in zip(names, sections, strict=True)}
+    _, *pieces = re.split(r"\n+# -+ (\w+)\n+", text)
+    return {name: part.splitlines() for name, part in zip(pieces[::2], pieces[1::2], strict=True)}
 
 
 def enclosing(rows, k):
@@ -68,7 +71,8 @@ def difference(a, b):
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
     for group in matcher.get_grouped_opcodes(2):
         first = next(i for tag, i, *_ in group if tag != "equal")
-        yield f"@@ {enclosing(a, min(first, len(a) - 1))} @@"
+        if a:
+            yield f"@@ {enclosing(a, min(first, len(a) - 1))} @@"
         for tag, i1, i2, j1, j2 in group:
             if tag == "equal":
                 yield from (f" {row}".rstrip() for row in a[i1:i2])
@@ -89,10 +93,11 @@ def page():
         page += "```\n"
 
         old, new = parts(texts[before]), parts(texts[after])
-        for section in old:
-            rows = list(difference(old[section], new[section]))
+        for section, rows in new.items():
+            rows = list(difference(old.get(section, []), rows))
+            title = "Steps" if section == "training" else section.capitalize()
             if rows:
-                page += f"\n{section}:\n\n```diff\n" + "\n".join(rows).rstrip() + "\n```\n"
+                page += f"\n{title}:\n\n```diff\n" + "\n".join(rows).rstrip() + "\n```\n"
     return page
 
 
