@@ -1,6 +1,6 @@
 """Eight Gaussians: six losses on a mixture that one can see, with and without mode collapse.
 
-    python eight_gaussians.py                 all six, in about two minutes
+    python eight_gaussians.py                 all six: five minutes of one CPU core
     python eight_gaussians.py --only wgan_gp  one of them
 
 The real points come from eight Gaussians on a circle. G maps noise to points, and D scores points.
@@ -21,7 +21,7 @@ Adam's betas are (0.5, 0.9), as in gan_toy.py. What a loss needs of its own, as 
 - sngan: spectral norm on each layer of D. Its slope of at most 1 cannot tell points apart that
   are 0.02 from each other, so that its scores are multiplied by 20.
 
-It runs on the CPU, where such small networks are as fast as on a GPU.
+It runs on the CPU, which is enough for networks of this size.
 """
 
 import csv
