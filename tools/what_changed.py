@@ -38,8 +38,8 @@ dcgan sngan: A layer is at most as steep as its largest singular value. Dividing
 estimate of it bounds how steep D can be everywhere, at hardly any cost and with no second gradient.
 
 gan ssgan: A classifier with few labels can still learn from images without: each belongs to one of
-its classes, whichever, and G's belong to none. G does not try to deceive D here, which would make
-it too good a teacher of details; it matches D's features on average.
+its classes, whichever, and G's belong to none. G does not try to deceive D here: it
+matches D's features on average.
 """
 
 
