@@ -345,7 +345,6 @@ def main(argv=None):
     if args.generate:
         return common.generate(args, draw)
     if first == 0:
-        average.load_state_dict(D.state_dict())  # --init may have replaced D
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.

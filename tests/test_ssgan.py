@@ -1,5 +1,6 @@
 """ssgan.py: its losses in closed form, its networks, its data, and that it learns."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -81,6 +82,13 @@ def test_networks():
     assert torch.equal(scale, torch.ones_like(scale)) and scale.requires_grad
 
 
+def test_noise_before_the_last_layer():
+    D = ssgan.Discriminator(16, 3, 16, 5)
+    D.hidden.eval()
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(D.features(x), D.features(x)) and not torch.equal(D(x), D(x))
+
+
 def test_noise_has_its_standard_deviation():
     x = torch.zeros(100, 100)
     assert ssgan.Noise(0.3)(x).std().item() == pytest.approx(0.3, rel=0.03)
@@ -140,6 +148,58 @@ def test_labelled_images(monkeypatch):
     assert seen[0].bincount().tolist() == [3, 3, 3]
 
 
+def test_d_step(monkeypatch):
+    """loss_D is d_loss_labelled plus the weight times d_loss_unlabelled, of real images and fakes
+    that are not exchanged."""
+    run = open_script("ssgan", "--labels", 3, "--unlabelled-weight", 0.5)
+    run.D.eval()  # without noise
+    D, fakes, labelled = copy.deepcopy(run.D), [], []
+    run.G.register_forward_hook(lambda m, inputs, out: fakes.append(out))
+    loss = ssgan.d_loss_labelled
+    monkeypatch.setattr(
+        ssgan, "d_loss_labelled", lambda *a: labelled.append(loss(*a)) or labelled[-1]
+    )
+    x_real, _ = common.sample_batch(run.args, run.data)
+    loss_D, d_real, d_fake = run.d_step(x_real)
+    expected = labelled[0] + 0.5 * ssgan.d_loss_unlabelled(D(x_real), D(fakes[0]))
+    assert loss_D.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert d_real.item() == pytest.approx(D(x_real).logsumexp(1).mean().item(), rel=1e-4)
+    assert d_fake.item() == pytest.approx(D(fakes[0]).logsumexp(1).mean().item(), rel=1e-4)
+
+
+def test_the_average_is_tested_without_noise(monkeypatch):
+    """An average that takes every image for class 0 is wrong about the other test images."""
+
+    @torch.no_grad()
+    def always_class_0(average, latest, n):
+        for w in average:
+            if w.ndim == 1 or w.shape[1] == 1:  # biases and scales
+                w.zero_()
+            if w.shape == (2,):
+                w[0] = 1
+
+    monkeypatch.setattr(torch.optim.swa_utils, "get_ema_multi_avg_fn", lambda beta: always_class_0)
+    splits, split = [], ssgan.split
+    monkeypatch.setattr(ssgan, "split", lambda *a: splits.append(split(*a)) or splits[-1])
+    train("ssgan", "run", "--steps", 5)
+    wrong = (splits[0][2] != 0).float().mean().item()
+    assert log_rows("run")[-1]["test_error"] == pytest.approx(wrong)
+    assert 0 < wrong < 1
+
+    run = open_script("ssgan", "--labels", 3)
+    assert run.D.training and not run.average.training
+
+
+def test_z_is_uniform(monkeypatch):
+    """In training, in the grids, and with --generate."""
+    seen, forward = [], ssgan.Generator.forward
+    monkeypatch.setattr(ssgan.Generator, "forward", lambda G, z: seen.append(z) or forward(G, z))
+    train("ssgan", "run", "--steps", 5)
+    ssgan.main(["--out-dir", "run", "--device", "cpu", "--generate", "200"])
+    assert len(seen) > 10
+    assert all(z.min() >= 0 and z.max() < 1 for z in seen)
+
+
 def test_G_gets_unlabelled_images_of_its_own(monkeypatch):
     run = open_script("ssgan", "--labels", 3, "--n-critic", 2)
     real, seen = recorded(monkeypatch, "sample_batch"), []
@@ -161,13 +221,19 @@ def test_test_images_are_never_in_training(tmp_path):
     data, images, labels = ssgan.split(args, common.load_data(args))
     assert len(images) == len(labels) == 4
     assert not train_images & {image.numpy().tobytes() for image in images}
+    args.seed = 1
+    assert torch.equal(images, ssgan.split(args, common.load_data(args))[1]), "whatever the seed"
 
     write_mnist(tmp_path, n=20)
+    write_mnist(tmp_path, n=20, folder="other", seed=1)
+    test_images = "raw/t10k-images-idx3-ubyte"
+    (tmp_path / "other" / test_images).replace(tmp_path / "MNIST" / test_images)
     args = ssgan.parse_args(["--data-dir", str(tmp_path)])
     data, images, labels = ssgan.split(args, common.load_data(args))
     assert data.number == 20 and len(images) == 20 and images.dtype == torch.uint8
     expected = common.load_torchvision("mnist", str(tmp_path), train=False)
     assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
+    assert not torch.equal(images, data.images)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +257,8 @@ def test_images_without_labels(tmp_path):
 
 def test_resume_is_bit_for_bit(tmp_path):
     data = class_folder(tmp_path / "images")
-    train("ssgan", "whole", "--steps", 10, data=data)
-    train("ssgan", "parts", "--steps", 5, data=data)
+    train("ssgan", "whole", "--steps", 10, "--log-every", 2, data=data)
+    train("ssgan", "parts", "--steps", 5, "--log-every", 2, data=data)
     train("ssgan", "parts", "--steps", 10, "--resume", data=data, small="")
     assert log_rows("parts") == log_rows("whole")
     assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
