@@ -20,7 +20,9 @@ import common
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 CONVOLUTIONAL = NAMES[1:]
-SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, "tricks", "ssgan")}
+OTHERS = ("tricks", "ssgan", "stylegan2")
+SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, *OTHERS)}
+WITHOUT_N_CRITIC = ("stylegan2",)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROOT = Path(__file__).parent.parent
 

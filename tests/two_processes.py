@@ -4,7 +4,7 @@ this process has seen in <rank>.pt."""
 from types import SimpleNamespace
 
 import torch
-from helpers import SCRIPTS
+from helpers import SCRIPTS, WITHOUT_N_CRITIC
 from helpers import train as train_without_waiting
 
 import common
@@ -75,7 +75,8 @@ common.start_run = watched_start_run
 results = {}
 for name in SCRIPTS:
     seen = {}
-    train(name, name, "--steps", 3, "--n-critic", 2, "--lr", 0.01)
+    n_critic = [] if name in WITHOUT_N_CRITIC else ["--n-critic", 2]
+    train(name, name, "--steps", 3, "--lr", 0.01, *n_critic)
     results[name] = {key: part for key, part in seen.items() if key.startswith("opt_D ")}
     results[name] |= {key: part for key, part in seen.items() if key.startswith("opt_G ")}
     results[name]["G"] = dict(seen["G"].named_parameters())

@@ -10,7 +10,7 @@ PAGE = ROOT / "docs" / "what-changed.md"
 
 INTRODUCTION = """# What changed
 
-Eight ideas, each a small change to a script before it: what its paper had in mind, what D and G
+Nine ideas, each a change to a script before it: what its paper had in mind, what D and G
 are trained for before and after, and every line that differs, except docstrings and flags. The
 first idea is that of [`gan.py`](../gan.py): D learns to tell real images from G's, and G to draw
 images that D takes for real.
@@ -40,6 +40,39 @@ estimate of it bounds how steep D can be everywhere, at hardly any cost and with
 gan ssgan: A classifier with few labels can still learn from images without: each belongs to one of
 its classes, whichever, and G's belong to none. G does not try to deceive D here: it
 matches D's features on average.
+
+dcgan stylegan2: Noise need not enter G at the start. StyleGAN2 computes a style from it, which says
+in each layer how strong each feature is. The layers themselves begin with one learnt constant.
+"""
+
+# A long change is told in parts. Each has a title, the classes and functions that it shows (or the
+# section of the script), and what they are for.
+HEADINGS = """
+stylegan2, Equal learning rates (init_weights activate Linear Conv): All weights are N(0, 1) and get
+their scale in each forward pass. Adam moves every weight at the same pace, whatever its size, so
+without this, layers with small weights would learn faster than those with large ones.
+
+stylegan2, Mapping (Mapping): z comes from one fixed distribution. Two layers turn it into w, whose
+distribution is learnt, and from which the styles are computed.
+
+stylegan2, Modulation (ModulatedConv): A style scales the input channels of a convolution.
+Demodulation then brings the output back to unit variance. Batch norm would do that too, but here
+the factor comes from the weights alone: no image depends on others.
+
+stylegan2, Noise (Layer): Details that are random in photographs, such as where each hair lies, need
+not be encoded in z: every layer can add noise, and learns how much.
+
+stylegan2, Skip connections (Filter ToRGB Generator): Each size adds to an enlarged picture of the
+size before. G can learn the coarse picture first, without layers that fade in.
+
+stylegan2, The discriminator (channels_at Discriminator minibatch_deviation): D has two convolutions
+per size, blurs before it halves the size, and sees how much the images of a batch differ.
+
+stylegan2, The R1 penalty (losses): The two losses are those of dcgan.py. D also gets a penalty on
+its slope at real images, which keeps it from being ever steeper there.
+
+stylegan2, Lazy steps and an average of G (training): The penalty is costly and changes slowly, so
+it has a step of its own after every 16th. The images are drawn by an average of G's weights.
 """
 
 
@@ -53,6 +86,17 @@ def parts(text):
     text = re.sub(r' *""".*?"""\n+', "", text, flags=re.DOTALL)
     _, *pieces = re.split(r"\n+# -+ (\w+)\n+", text)
     return {name: part.splitlines() for name, part in zip(pieces[::2], pieces[1::2], strict=True)}
+
+
+def definitions(rows):
+    """The rows of each class and function that the rows of a section define, by its name."""
+    found = {}
+    for row in rows:
+        if start := re.match(r"(?:class|def) (\w+)", row):
+            name = start[1]
+            found[name] = []
+        found[name].append(row)
+    return found
 
 
 def enclosing(rows, k):
@@ -81,23 +125,55 @@ def difference(a, b):
                 yield from (f"+{row}" for row in b[j1:j2])
 
 
+def block(rows):
+    """Rows of a difference in a block of their own; nothing if there are none."""
+    text = re.sub(r"(\n[+-]?)+$", "", "\n".join(rows))  # without blank lines at the end
+    return f"\n```diff\n{text}\n```\n" if text else ""
+
+
+def by_section(old, new):
+    """The changes of a script, section by section, from the parts of both scripts."""
+    text = ""
+    for section, rows in new.items():
+        title = "Steps" if section == "training" else section.capitalize()
+        changes = block(difference(old.get(section, []), rows))
+        if changes:
+            text += f"\n{title}:\n{changes}"
+    return text
+
+
+def by_heading(old, new, headings):
+    """The same under headings (title, names of what each shows, explanation)."""
+    old |= definitions(old.pop("networks"))
+    new |= definitions(new.pop("networks"))
+    text = ""
+    for title, names, explanation in headings:
+        text += f"\n### {title}\n\n{explanation}\n"
+        for name in names.split():
+            text += block(difference(old.pop(name, []), new.pop(name, [])))
+    assert not new, f"HEADINGS lacks {set(new)}"
+    return text
+
+
 def page():
     """The text of docs/what-changed.md."""
     page = INTRODUCTION
     for before, after, idea in re.findall(r"(\w+) (\w+): (.*?)\n\n", IDEAS + "\n", flags=re.DOTALL):
         texts = {name: (ROOT / f"{name}.py").read_text("utf-8") for name in (before, after)}
         page += f"\n## {before} → {after}\n\n{idea}\n\n```\n"
+        width = max(8, len(after) + 1)
         for name, text in texts.items():
             for objective in objectives(text):
-                page += f"{name:<8}{objective}\n".replace("\n    ", "\n" + " " * 8)
+                page += f"{name:<{width}}{objective}\n".replace("\n    ", "\n" + " " * width)
         page += "```\n"
 
         old, new = parts(texts[before]), parts(texts[after])
-        for section, rows in new.items():
-            rows = list(difference(old.get(section, []), rows))
-            title = "Steps" if section == "training" else section.capitalize()
-            if rows:
-                page += f"\n{title}:\n\n```diff\n" + "\n".join(rows).rstrip() + "\n```\n"
+        pattern = rf"{after}, (.*?) \((.*?)\): (.*?)\n\n"
+        headings = re.findall(pattern, HEADINGS + "\n", flags=re.DOTALL)
+        if headings:
+            page += by_heading(old, new, headings)
+        else:
+            page += by_section(old, new)
     return page
 
 

@@ -1,0 +1,233 @@
+"""stylegan2.py: each part against the paper's own form, the lazy penalty, the average, and one
+picture."""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import checkpoint, log_rows, open_script, picture, picture_folder, same, train
+from PIL import Image
+from torch import nn
+from torch.nn.functional import conv2d
+
+import stylegan2
+
+
+def test_modulation_is_that_of_the_paper():
+    """Scaled and demodulated weights for each image, as one grouped convolution: eqs. 1 and 3."""
+    torch.manual_seed(0)
+    conv = stylegan2.ModulatedConv(6, 5, 3, w_dim=4)
+    x, w = torch.randn(3, 6, 8, 8), torch.randn(3, 4)
+    s = conv.affine(w)
+    weight = conv.weight / (6 * 9) ** 0.5
+    weight = weight[None] * s[:, None, :, None, None]  # (N, out, in, 3, 3)
+    norm = (weight.square().sum((2, 3, 4), keepdim=True) + 1e-8).sqrt()
+    grouped = conv2d(
+        x.reshape(1, 18, 8, 8), (weight / norm).reshape(15, 6, 3, 3), padding=1, groups=3
+    )
+    assert torch.allclose(conv(x, w), grouped.reshape(3, 5, 8, 8), atol=1e-5)
+
+    plain = stylegan2.ModulatedConv(6, 3, 1, w_dim=4, demodulate=False)
+    s = plain.affine(w)
+    weight = plain.weight[None] / 6**0.5 * s[:, None, :, None, None]
+    expected = conv2d(x.reshape(1, 18, 8, 8), weight.reshape(9, 6, 1, 1), groups=3)
+    assert torch.allclose(plain(x, w), expected.reshape(3, 3, 8, 8), atol=1e-5)
+
+
+def test_demodulation_keeps_the_variance():
+    torch.manual_seed(0)
+    for up in (False, True):
+        conv = stylegan2.ModulatedConv(64, 64, 3, w_dim=16, up=up)
+        x = torch.randn(8, 64, 16, 16)
+        y = conv(x, 5 * torch.randn(8, 16))[:, :, 4:-4, 4:-4]
+        assert y.shape[1:3] == (64, 24 if up else 8)
+        if not up:
+            assert y.var().item() == pytest.approx(1, rel=0.05)
+
+
+def test_filters():
+    """The sum of the taps is 1, or that of one in four pixels when a grid is doubled; a constant
+    picture stays constant inside."""
+    x = torch.full((1, 2, 8, 8), 3.0)
+    blur, enlarge = stylegan2.Filter(padding=1), stylegan2.Filter(gain=4.0, up=True)
+    assert blur.kernel.sum().item() == pytest.approx(1)
+    assert torch.equal(blur.kernel, blur.kernel.flip(0, 1))
+    assert torch.allclose(blur(x)[:, :, 1:-1, 1:-1], torch.tensor(3.0))
+    assert enlarge(x).shape == (1, 2, 16, 16)
+    assert torch.allclose(enlarge(x)[:, :, 1:-1, 1:-1], torch.tensor(3.0))
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    inner = enlarge(ramp)[0, 0, 8, 2:-2]
+    assert torch.allclose(inner.diff(), torch.tensor(0.5)), "linear between pixels"
+
+
+def test_noise():
+    """None at strength 0, which is where it starts; another for each image, and a constant one in
+    evaluation mode."""
+    layer = stylegan2.Layer(4, 4, 8, 6)
+    x, w = torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1), torch.randn(1, 6).expand(2, -1)
+    assert layer.noise_strength.item() == 0
+    assert torch.equal(layer(x, w), layer(x, w))
+    nn.init.constant_(layer.noise_strength, 0.5)
+    first, second = layer(x, w), layer(x, w)
+    assert not torch.allclose(first, second) and not torch.allclose(first[0], first[1])
+    layer.eval()
+    assert torch.equal(layer(x, w), layer(x, w)) and torch.allclose(layer(x, w)[0], layer(x, w)[1])
+
+
+def test_equalised_layers():
+    linear = stylegan2.Linear(100, 50, bias=1.0, rate=0.01)
+    assert linear.weight.std().item() == pytest.approx(100, rel=0.05)
+    y = linear(torch.randn(2000, 100))
+    assert y.std().item() == pytest.approx(1, rel=0.05)
+    assert y.mean().item() == pytest.approx(0.01, abs=0.03), "the bias learns slowly as well"
+    conv = stylegan2.Conv(32, 16, 3)
+    assert conv.weight.std().item() == pytest.approx(1, rel=0.05)
+    assert conv(torch.randn(16, 32, 16, 16)).std().item() == pytest.approx(1, rel=0.1)
+    down = stylegan2.Conv(32, 16, 3, down=True)
+    assert down(torch.randn(2, 32, 16, 16)).shape == (2, 16, 8, 8)
+    assert stylegan2.ModulatedConv(4, 4, 3, 6).affine.bias.tolist() == [1.0] * 4
+
+
+def test_mapping_normalises_z():
+    mapping, z = stylegan2.Mapping(8), torch.randn(5, 8)
+    assert torch.allclose(mapping(z), mapping(3 * z), atol=1e-5)
+
+
+def test_channels():
+    """32,768 / size, at most 512."""
+    sizes = (4, 8, 16, 32, 64, 128, 256)
+    expected = [512, 512, 512, 512, 512, 256, 128]
+    assert [stylegan2.channels_at(size, 512) for size in sizes] == expected
+
+
+def test_minibatch_deviation():
+    x = torch.randn(6, 3, 4, 4)
+    y = stylegan2.minibatch_deviation(x, group=3)
+    assert y.shape == (6, 1, 4, 4)
+    for first in (0, 1):
+        members = x[[first, first + 2, first + 4]]
+        expected = members.std(0, correction=0).mean().item()
+        for i in (first, first + 2, first + 4):
+            assert y[i].flatten().tolist() == pytest.approx([expected] * 16, rel=1e-4)
+    assert stylegan2.minibatch_deviation(torch.zeros(4, 3, 4, 4)).abs().max() < 1e-3
+    x = torch.randn(7, 3, 4, 4)
+    whole = stylegan2.minibatch_deviation(x, group=4)
+    assert torch.allclose(whole, torch.full_like(whole, 1e-4), atol=1e-5), "7 has no group of 4"
+
+
+def test_lazy_adam():
+    """Rate times c and betas to the c: c = 16/17 for D, 4/5 for G."""
+    run = open_script("stylegan2", "--lr", 0.01, "--beta1", 0.5)
+    for opt, c in ((run.opt_D, 16 / 17), (run.opt_G, 4 / 5)):
+        group = opt.param_groups[0]
+        assert group["lr"] == pytest.approx(0.01 * c)
+        assert group["betas"] == pytest.approx((0.5**c, 0.99**c))
+
+
+def test_r1():
+    """E||grad D||^2 = ||w||^2 for D(x) = wx."""
+    w = torch.randn(3 * 16 * 16, requires_grad=True)
+    penalty = stylegan2.r1_penalty(lambda x: x.flatten(1) @ w, torch.randn(5, 3, 16, 16))
+    assert penalty.item() == pytest.approx(w.detach().square().sum().item(), rel=1e-4)
+    penalty.backward()
+    assert torch.allclose(w.grad, 2 * w.detach(), rtol=1e-4)
+
+
+def test_the_average():
+    """By its half-life: 5% of the images seen, or 500,000; buffers are copied."""
+    G, average = (stylegan2.Generator(6, 8, 3, 16) for _ in range(2))
+    for seen, half_life in ((1000, 50), (10**9, 500_000)):
+        before = copy.deepcopy(average)
+        stylegan2.move_average(average, G, seen, 10)
+        beta = 0.5 ** (10 / half_life)
+        for a, b, g in zip(average.parameters(), before.parameters(), G.parameters(), strict=True):
+            assert torch.allclose(a, beta * b + (1 - beta) * g, atol=1e-5)
+    assert all(map(torch.equal, average.buffers(), G.buffers()))
+    assert math.log(0.5) / math.log(0.5 ** (10 / 50)) * 10 == pytest.approx(50)
+
+
+def test_the_lazy_penalty(monkeypatch):
+    """Every 16 updates, with a gradient of 16 gamma / 2 times the penalty's; its own step of D."""
+    penalties, r1_penalty = [], stylegan2.r1_penalty
+
+    def watched(D, x):
+        penalties.append((len(steps), r1_penalty(D, x)))
+        return penalties[-1][1]
+
+    steps, step = [], torch.optim.Adam.step
+
+    def counted(self, *args):
+        if len(penalties) == 1 and len(steps) == penalties[0][0]:
+            weights = self.param_groups[0]["params"]
+            gradients.append([w.grad.clone() for w in weights if w.grad is not None])
+            expected.append(
+                torch.autograd.grad(0.5 * 16 * 3 * r1_penalty(*seen[0]), weights, allow_unused=True)
+            )
+        steps.append(self)
+        return step(self, *args)
+
+    gradients, expected, seen = [], [], []
+    monkeypatch.setattr(stylegan2, "r1_penalty", lambda D, x: seen.append((D, x)) or watched(D, x))
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    train("stylegan2", "run", "--steps", 33, "--r1", 3)
+    assert [at for at, _ in penalties] == [32, 65], "after 16 and 32 updates of D and G"
+    assert steps[32] is steps[0] is not steps[1]
+    wanted = [g for g in expected[0] if g is not None]
+    for ours, theirs in zip(gradients[0], wanted, strict=False):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+
+    penalties.clear()
+    train("stylegan2", "without", "--steps", 16, "--r1", 0)
+    assert not penalties
+
+
+def test_the_average_draws_the_images():
+    train("stylegan2", "run", "--steps", 6, "--lr", 0.02)
+    saved = checkpoint("run")["state"]
+    grids = {}
+    for part in ("average", "G"):
+        G = stylegan2.Generator(6, 8, 3, 16)
+        G.load_state_dict(saved[part])
+        with torch.no_grad():
+            grids[part] = G.eval()(saved["fixed_z"])
+    drawn = np.asarray(Image.open("run/samples/000006.png"), float)
+    first = drawn[
+        2 * 4 : 18 * 4 : 4, 2 * 4 : 18 * 4 : 4
+    ]  # the first image, without its enlargement
+    for part, close in (("average", True), ("G", False)):
+        image = ((grids[part][0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+        assert (np.abs(image - first).max() < 2) == close, part
+
+
+def test_truncation():
+    """0 gives one picture, 1 many; it may be given with --generate."""
+    train("stylegan2", "run", "--steps", 6)
+    for truncation, different in ((0, 1), (1, 4)):
+        flags = f"--out-dir run --device cpu --generate 4 --truncation {truncation}"
+        stylegan2.main(flags.split())
+        files = [file.read_bytes() for file in Path("run", "generated").iterdir()]
+        assert len(set(files)) == different
+        for file in Path("run", "generated").iterdir():
+            file.unlink()
+        Path("run", "generated").rmdir()
+
+
+def test_resume_is_bit_for_bit():
+    train("stylegan2", "whole", "--steps", 20)
+    train("stylegan2", "parts", "--steps", 10)
+    train("stylegan2", "parts", "--steps", 20, "--resume", small="")
+    assert log_rows("parts") == log_rows("whole")
+    assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
+
+
+def test_learns_one_picture():
+    data, run = picture_folder(Path("pictures")), "--out-dir run --device cpu"
+    quick = "--image-size 16 --batch-size 8 --width 16 --z-dim 16 --lr 5e-3 --steps 150"
+    stylegan2.main(f"--dataset {data} {quick} --save-every 1000 {run}".split())
+    stylegan2.main(f"--generate 4 {run}".split())
+    for file in Path("run", "generated").iterdir():
+        distance = [np.abs(np.asarray(Image.open(file), float) - picture(k)).mean() for k in (0, 1)]
+        assert distance[0] < 45 and distance[0] < distance[1], f"{file}: {distance}"
