@@ -21,7 +21,7 @@ def watched_start_run(args, data, state, start_run=common.start_run):
     def recorder(name, when):
         def record(optimiser, *_):
             weights = optimiser.param_groups[0]["params"]
-            gradients = torch.cat([w.grad.flatten().clone() for w in weights])
+            gradients = torch.cat([w.grad.flatten() for w in weights if w.grad is not None])
             seen.setdefault(f"{name} {when}", []).append(gradients)
 
         return record

@@ -10,7 +10,7 @@ PAGE = ROOT / "docs" / "what-changed.md"
 
 INTRODUCTION = """# What changed
 
-Nine ideas, each a change to a script before it: what its paper had in mind, what D and G
+Thirteen ideas, each a change to a script before it: what its paper had in mind, what D and G
 are trained for before and after, and every line that differs, except docstrings and flags. The
 first idea is that of [`gan.py`](../gan.py): D learns to tell real images from G's, and G to draw
 images that D takes for real.
@@ -43,36 +43,51 @@ matches D's features on average.
 
 dcgan stylegan2: Noise need not enter G at the start. StyleGAN2 computes a style from it, which says
 in each layer how strong each feature is. The layers themselves begin with one learnt constant.
+
+dcgan ebgan: A classifier teaches one number per image. An autoencoder teaches as many as there are
+pixels: it learns to reconstruct real images, and G to draw images that it reconstructs. A margin
+keeps D from wasting effort on fakes that it already reconstructs badly.
+
+ebgan began: A fixed margin must suit the data and the moment. BEGAN adjusts a weight k instead, so
+that D's error on generated images stays a fixed share gamma of that on real ones.
+
+wgan_gp progan: What is large in an image is easier to learn than what is small. Networks that begin
+with 4x4 images and grow learn one after the other.
+
+progan stylegan2: Skip connections do what growing was for: coarse pictures come first by
+themselves, in networks that never change. Styles take the place of z at the start.
 """
 
 # A long change is told in parts. Each has a title, the classes and functions that it shows (or the
 # section of the script), and what they are for.
 HEADINGS = """
-stylegan2, Equal learning rates (init_weights activate Linear Conv): All weights are N(0, 1) and get
-their scale in each forward pass. Adam moves every weight at the same pace, whatever its size, so
-without this, layers with small weights would learn faster than those with large ones.
+dcgan stylegan2, Equal learning rates (init_weights activate Linear Conv): All weights are N(0, 1)
+and get their scale in each forward pass. Adam moves every weight at the same pace, whatever its
+size, so without this, layers with small weights would learn faster than those with large ones.
 
-stylegan2, Mapping (Mapping): z comes from one fixed distribution. Two layers turn it into w, whose
-distribution is learnt, and from which the styles are computed.
+dcgan stylegan2, Mapping (Mapping): z comes from one fixed distribution. Two layers turn it into w,
+whose distribution is learnt, and from which the styles are computed.
 
-stylegan2, Modulation (ModulatedConv): A style scales the input channels of a convolution.
+dcgan stylegan2, Modulation (ModulatedConv): A style scales the input channels of a convolution.
 Demodulation then brings the output back to unit variance. Batch norm would do that too, but here
 the factor comes from the weights alone: no image depends on others.
 
-stylegan2, Noise (Layer): Details that are random in photographs, such as where each hair lies, need
-not be encoded in z: every layer can add noise, and learns how much.
+dcgan stylegan2, Noise (Layer): Details that are random in photographs, such as where each hair
+lies, need not be encoded in z: every layer can add noise, and learns how much.
 
-stylegan2, Skip connections (Filter ToRGB Generator): Each size adds to an enlarged picture of the
-size before. G can learn the coarse picture first, without layers that fade in.
+dcgan stylegan2, Skip connections (Filter ToRGB Generator): Each size adds to an enlarged picture of
+the size before. G can learn the coarse picture first, without layers that fade in.
 
-stylegan2, The discriminator (channels_at Discriminator minibatch_deviation): D has two convolutions
-per size, blurs before it halves the size, and sees how much the images of a batch differ.
+dcgan stylegan2, The discriminator (channels_at Discriminator minibatch_deviation): D has two
+convolutions per size, blurs before it halves the size, and sees how much the images of a batch
+differ.
 
-stylegan2, The R1 penalty (losses): The two losses are those of dcgan.py. D also gets a penalty on
-its slope at real images, which keeps it from being ever steeper there.
+dcgan stylegan2, The R1 penalty (losses): The two losses are those of dcgan.py. D also gets a
+penalty on its slope at real images, which keeps it from being ever steeper there.
 
-stylegan2, Lazy steps and an average of G (training): The penalty is costly and changes slowly, so
-it has a step of its own after every 16th. The images are drawn by an average of G's weights.
+dcgan stylegan2, Lazy steps and an average of G (training): The penalty is costly and changes
+slowly, so it has a step of its own after every 16th. The images are drawn by an average of G's
+weights.
 """
 
 
@@ -168,7 +183,7 @@ def page():
         page += "```\n"
 
         old, new = parts(texts[before]), parts(texts[after])
-        pattern = rf"{after}, (.*?) \((.*?)\): (.*?)\n\n"
+        pattern = rf"{before} {after}, (.*?) \((.*?)\): (.*?)\n\n"
         headings = re.findall(pattern, HEADINGS + "\n", flags=re.DOTALL)
         if headings:
             page += by_heading(old, new, headings)

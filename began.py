@@ -1,0 +1,241 @@
+"""BEGAN: D is an autoencoder, and a controller balances its errors on real and generated images.
+
+Berthelot, Schumm, Metz 2017, BEGAN: Boundary Equilibrium Generative Adversarial Networks.
+https://arxiv.org/abs/1703.10717
+
+The energy of an image is D(x) = mean |Dec(Enc(x)) - x|, over all its pixels.
+
+    D:  min  E[D(x)] - k E[D(G(z))]
+    G:  min  E[D(G(z))]
+    k:  k + lambda (gamma E[D(x)] - E[D(G(z))]) after each update, kept in [0, 1]; at first 0
+
+Differs from ebgan.py in: the error is absolute, a weight k takes the place of the margin, and there
+is no pulling-away term; the networks have no normalisation. It logs k and M = E[D(x)] +
+|gamma E[D(x)] - E[D(G(z))]|, which falls as a run goes on.
+
+The networks are those of github.com/carpedm20/BEGAN-tensorflow, with one stage fewer for 32 pixels.
+Deviations from the paper:
+- The learning rate is constant. The paper lowers it when M no longer falls.
+- D and G are updated one after the other, on different noise.
+
+    python began.py
+"""
+
+import math
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import common
+
+
+def parse_args(argv=None):
+    p = ArgumentParser(
+        prog="began.py",
+        description=__doc__.splitlines()[0],
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--batch-size", type=common.positive_int, default=16, help="images per update")
+    p.add_argument("--z-dim", type=common.positive_int, default=64, help="dimensions of z")
+    p.add_argument("--width", type=common.positive_int, default=64, help="channels near the image")
+    p.add_argument("--lr", type=common.positive_float, default=1e-4, help="learning rate")
+    p.add_argument("--beta1", type=common.fraction, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=common.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--n-critic", type=common.positive_int, default=1, help="D updates per G update")
+    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument(
+        "--gamma", type=common.positive_float, default=0.5, help="less: clearer but more alike"
+    )
+    p.add_argument(
+        "--lambda-k", type=common.non_negative_float, default=1e-3, help="how fast k moves"
+    )
+    return common.parse_args(p, argv)
+
+
+# ----------------------------------------------------------------------------------------- networks
+
+
+class Generator(nn.Module):
+    """z (N, z_dim), uniform in [-1, 1) -> images (N, channels, image_size, image_size), about in
+    [-1, 1]."""
+
+    def __init__(self, z_dim, width, channels, image_size):
+        super().__init__()
+        layers = decoder(z_dim, width, channels, image_size)
+        self.net = nn.Sequential(*layers).apply(init_weights)
+
+    def forward(self, z):
+        return self.net(z)
+
+
+class Discriminator(nn.Module):
+    """Images (N, channels, image_size, image_size) -> energies (N,), at least 0: the mean absolute
+    error of their reconstruction."""
+
+    def __init__(self, z_dim, width, channels, image_size):
+        super().__init__()
+        # 128 x 32x32
+        c = width
+        layers = conv(channels, c) + conv(c, c) + conv(c, c)
+
+        # 256 x 16x16, 384 x 8x8: with each halving, `width` channels more
+        for _ in range(int(math.log2(image_size // 8))):
+            layers += [nn.Conv2d(c, c, 3, stride=2, padding=1)]
+            layers += conv(c, c + width) + conv(c + width, c + width)
+            c += width
+
+        # The code has as many numbers as z.
+        layers += [nn.Flatten(), nn.Linear(c * 64, z_dim)]
+        layers += decoder(z_dim, width, channels, image_size)
+        self.net = nn.Sequential(*layers).apply(init_weights)
+
+    def forward(self, x):
+        return (self.net(x) - x).abs().mean((1, 2, 3))
+
+
+def decoder(z_dim, width, channels, image_size):
+    """The layers of G, and of D from its code (N, z_dim) to a reconstruction."""
+    # 128 x 8x8
+    layers = [nn.Linear(z_dim, width * 64), nn.Unflatten(1, (width, 8, 8))]
+    layers += conv(width, width) + conv(width, width)
+
+    # 128 x 16x16, 128 x 32x32
+    for _ in range(int(math.log2(image_size // 8))):
+        layers += [nn.Upsample(scale_factor=2)]  # repeats each pixel
+        layers += conv(width, width) + conv(width, width)
+
+    # channels x 32x32
+    return [*layers, nn.Conv2d(width, channels, 3, padding=1)]
+
+
+def conv(n_in, n_out):
+    """A 3x3 convolution that keeps the size, and an ELU."""
+    return [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ELU()]
+
+
+def init_weights(m):
+    """Glorot's uniform weights and biases 0, as in the public code."""
+    if isinstance(m, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(m.weight)
+        nn.init.zeros_(m.bias)
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def d_loss(d_real, d_fake, k):
+    """E[D(x)] - k E[D(G(z))], from energies (N,): section 3.4."""
+    return d_real.mean() - k * d_fake.mean()
+
+
+def g_loss(d_fake):
+    """E[D(G(z))], from energies (N,): section 3.4."""
+    return d_fake.mean()
+
+
+@torch.no_grad()
+def move_k(k, l_real, l_fake, gamma, lambda_k):
+    """Moves k towards gamma E[D(x)] = E[D(G(z))], in place, and returns the measure of convergence,
+    M = E[D(x)] + |gamma E[D(x)] - E[D(G(z))]|: section 3.4. `l_real` and `l_fake` are the two
+    means."""
+    balance = gamma * l_real - l_fake
+    k.add_(lambda_k * balance).clamp_(0, 1)
+    return l_real + balance.abs()
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+
+    # Networks and optimisers.
+    G = Generator(args.z_dim, args.width, data.channels, args.image_size)
+    D = Discriminator(args.z_dim, args.width, data.channels, args.image_size)
+    G = G.to(args.device, memory_format=torch.channels_last)
+    D = D.to(args.device, memory_format=torch.channels_last)
+    betas = (args.beta1, args.beta2)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
+
+    # The weight of D's loss on generated images. A CUDA graph needs it as a tensor.
+    k = torch.zeros((), device=args.device)
+
+    # The noise of all grids: they show how the same images change.
+    fixed_z = 2 * torch.rand(64, args.z_dim, device=args.device) - 1
+
+    def noise(n):
+        """z (n, z_dim), uniform in [-1, 1)."""
+        return 2 * torch.rand(n, args.z_dim, device=args.device) - 1
+
+    def d_step(x_real):
+        """One update of D: minimise d_loss, with G fixed."""
+        D.requires_grad_(True)
+        with torch.no_grad():
+            x_fake = G(noise(args.batch_size))
+        d_real, d_fake = D(x_real), D(x_fake)
+        loss_D = d_loss(d_real, d_fake, k)
+        opt_D.zero_grad()
+        loss_D.backward()
+        opt_D.step()
+        return loss_D, d_real.mean(), d_fake.mean()
+
+    def g_step():
+        """One update of G: minimise g_loss, with D fixed."""
+        D.requires_grad_(False)
+        x_fake = G(noise(args.batch_size))
+        loss_G = g_loss(D(x_fake))
+        opt_G.zero_grad()
+        loss_G.backward()
+        opt_G.step()
+        return loss_G
+
+    def update():
+        """One step: n_critic updates of D, each on its own minibatch, one of G, then k moves."""
+        for _ in range(args.n_critic):
+            x_real, _ = common.sample_batch(args, data)
+            loss_D, d_real, d_fake = d_step(x_real)
+        loss_G = g_step()
+        M = move_k(k, d_real, loss_G, args.gamma, args.lambda_k)
+        values = {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
+        return {**values, "k": k, "M": M}
+
+    @torch.no_grad()
+    def sample(z):
+        """G's images of z."""
+        return G(z)
+
+    def draw(n):
+        """n images of new noise, for --generate."""
+        return sample(noise(n))
+
+    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
+    state["k"] = k
+    first = common.start_run(args, data, state)
+    if args.generate:
+        return common.generate(args, draw)
+    if first == 0:
+        common.save_grid(args, 0, sample(fixed_z))
+
+    # Train.
+    update = common.cuda_graph(args, data, update)
+    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    for step in progress:
+        values = update()
+        save_due = step % args.save_every == 0 or step == args.steps
+
+        # A loss that is not finite stops the run here, before anything is saved.
+        if save_due or step % args.log_every == 0:
+            progress.set_postfix(common.log(args, step, values), refresh=False)
+        if save_due:
+            common.save_grid(args, step, sample(fixed_z))
+            common.save_checkpoint(args, data, step, state)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""ebgan.py and began.py: their losses in closed form, their energies, k, and one picture."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SCRIPTS, checkpoint, log_rows, open_script, picture, picture_folder, same, train
+from PIL import Image
+from torch import nn
+
+import began
+import common
+import ebgan
+
+
+def discriminator(name, channels=3, image_size=16):
+    """A small D; began's codes have 6 numbers."""
+    z_dim = [6] if name == "began" else []
+    return SCRIPTS[name].Discriminator(*z_dim, 8, channels, image_size)
+
+
+def test_ebgan_losses():
+    """The margin is for each image, not for their mean; beyond it there is no gradient."""
+    d_real, d_fake = torch.tensor([1.0, 3.0]), torch.tensor([5.0, 30.0], requires_grad=True)
+    loss = ebgan.d_loss(d_real, d_fake, 20)
+    assert loss.item() == pytest.approx(2 + (15 + 0) / 2)
+    loss.backward()
+    assert d_fake.grad.tolist() == [-0.5, 0]
+    assert ebgan.g_loss(d_fake).item() == pytest.approx(17.5)
+
+
+def test_pulling_away():
+    same_way, across = torch.tensor([[1.0, 2], [2, 4]]), torch.tensor([[1.0, 2], [-2, 1]])
+    assert ebgan.pulling_away(same_way).item() == pytest.approx(1)
+    assert ebgan.pulling_away(across).item() == pytest.approx(0)
+    s = torch.randn(4, 3, 2, 2)
+    rows = [row.flatten() for row in s]
+    squares = [
+        (rows[i] @ rows[j] / (rows[i].norm() * rows[j].norm())) ** 2
+        for i in range(4)
+        for j in range(4)
+        if i != j
+    ]
+    assert ebgan.pulling_away(s).item() == pytest.approx(sum(squares).item() / 12, rel=1e-4)
+
+
+def test_began_losses():
+    d_real, d_fake = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])
+    assert began.d_loss(d_real, d_fake, torch.tensor(0.5)).item() == pytest.approx(0.5)
+    assert began.g_loss(d_fake).item() == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    "k, l_fake, new_k, measure",
+    [(0.5, 0.4, 0.56, 2.6), (0.5, 3.0, 0.3, 4.0), (0.1, 3.0, 0.0, 4.0), (0.99, 0.4, 1.0, 2.6)],
+)
+def test_k_and_the_measure(k, l_fake, new_k, measure):
+    """gamma 0.5 and E[D(x)] = 2: k rises when fakes are easier to reconstruct than half of that,
+    falls when they are harder, and stays in [0, 1]."""
+    k = torch.tensor(k)
+    M = began.move_k(k, torch.tensor(2.0), torch.tensor(l_fake, requires_grad=True), 0.5, 0.1)
+    assert k.item() == pytest.approx(new_k)
+    assert M.item() == pytest.approx(measure)
+    assert not k.requires_grad
+
+
+def test_energies():
+    """The distance from the reconstruction, for each image: a norm, or a mean absolute error."""
+    x = torch.rand(4, 3, 16, 16) * 2 - 1
+    for name, module in (("ebgan", "decoder"), ("began", "net")):
+        D = discriminator(name)
+        picture = torch.rand(3, 16, 16)
+        D._modules[module] = nn.Identity()
+        D._modules[module].forward = lambda h, picture=picture: picture.expand(4, 3, 16, 16)
+        error = x - picture
+        expected = error.flatten(1).norm(dim=1) if name == "ebgan" else error.abs().mean((1, 2, 3))
+        assert torch.allclose(D(x), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ebgan", "began"])
+@pytest.mark.parametrize("image_size", [16, 32])
+def test_networks(name, image_size):
+    D = discriminator(name, channels=1, image_size=image_size)
+    G = SCRIPTS[name].Generator(6, 8, 1, image_size)
+    x = G(torch.randn(4, 6))
+    assert x.shape == (4, 1, image_size, image_size)
+    assert D(x).shape == (4,) and (D(x) > 0).all()
+    if name == "ebgan":
+        assert D.encode(x).shape == (4, 4 * image_size // 4, 4, 4)
+    normalised = [m for m in [*G.modules(), *D.modules()] if isinstance(m, nn.BatchNorm2d)]
+    assert bool(normalised) == (name == "ebgan")
+
+
+@pytest.mark.parametrize("name", ["ebgan", "began"])
+def test_the_gradient_of_the_energy_goes_through_image_and_reconstruction(name):
+    D = discriminator(name).double().eval()
+    x, v = (torch.randn(2, 3, 16, 16, dtype=torch.double) for _ in range(2))
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(D(x).sum(), x)
+    ahead, behind = D(x + 1e-5 * v).sum(), D(x - 1e-5 * v).sum()
+    assert (grad * v).sum().item() == pytest.approx(((ahead - behind) / 2e-5).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ebgan", "began"])
+def test_the_gradient_of_g_step(name):
+    """That of g_loss, with pulling-away in ebgan, through all of D."""
+    flags = ["--pt-weight", 3] if name == "ebgan" else []
+    run, seen = open_script(name, *flags), []
+    G, D = copy.deepcopy(run.G), copy.deepcopy(run.D)
+    run.G.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0]))
+    loss_G = run.g_step()
+    x_fake = G(seen[0])
+    expected = D(x_fake).mean()
+    if name == "ebgan":
+        expected = expected + 3 * ebgan.pulling_away(D.encode(x_fake))
+    expected.backward()
+    assert loss_G.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(run.G.parameters(), G.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_d_step_has_its_margin_and_k():
+    for name, flags in (("ebgan", ["--margin", 100]), ("began", [])):
+        run = open_script(name, *flags)
+        if name == "began":
+            run.k.fill_(0.7)
+        x_real, _ = common.sample_batch(run.args, run.data)
+        loss_D, d_real, d_fake = run.d_step(x_real)
+        expected = d_real + 100 - d_fake if name == "ebgan" else d_real - 0.7 * d_fake
+        assert loss_D.item() == pytest.approx(expected.item(), rel=1e-4)
+        assert d_real != d_fake
+
+
+def test_k_moves_is_logged_and_survives_a_resume():
+    train("began", "whole", "--steps", 10, "--lambda-k", 0.5)
+    train("began", "parts", "--steps", 5, "--lambda-k", 0.5)
+    train("began", "parts", "--steps", 10, "--resume", small="")
+    assert log_rows("parts") == log_rows("whole")
+    assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
+    rows = log_rows("whole")
+    assert rows[0]["k"] != rows[1]["k"] and checkpoint("whole")["state"]["k"] > 0
+    for row in rows:
+        balance = 0.5 * row["d_real"] - row["loss_G"]
+        assert row["M"] == pytest.approx(row["d_real"] + abs(balance), rel=1e-4)
+
+
+def test_ebgan_resumes_bit_for_bit():
+    train("ebgan", "whole", "--steps", 10)
+    train("ebgan", "parts", "--steps", 5)
+    train("ebgan", "parts", "--steps", 10, "--resume", small="")
+    assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
+
+
+def test_z_of_began_is_uniform(monkeypatch):
+    seen, forward = [], began.Generator.forward
+    monkeypatch.setattr(began.Generator, "forward", lambda G, z: seen.append(z) or forward(G, z))
+    train("began", "run", "--steps", 5)
+    began.main(["--out-dir", "run", "--device", "cpu", "--generate", "200"])
+    assert len(seen) > 10
+    assert all(z.min() >= -1 and z.max() < 1 and z.min() < -0.5 for z in seen)
+
+
+@pytest.mark.parametrize("name", ["ebgan", "began"])
+def test_learns_one_picture(name):
+    data, run = picture_folder(Path("pictures")), "--out-dir run --device cpu"
+    quick = "--image-size 16 --batch-size 8 --width 8 --z-dim 6 --lr 2e-3 --steps 200"
+    SCRIPTS[name].main(f"--dataset {data} {quick} --save-every 1000 {run}".split())
+    SCRIPTS[name].main(f"--generate 4 {run}".split())
+    for file in Path("run", "generated").iterdir():
+        distance = [np.abs(np.asarray(Image.open(file), float) - picture(k)).mean() for k in (0, 1)]
+        assert distance[0] < 45 and distance[0] < distance[1], f"{file}: {distance}"

@@ -1,0 +1,177 @@
+"""progan.py: growing, its layers by hand, the penalty, and one picture through all stages."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import checkpoint, log_rows, open_script, picture, picture_folder, same, train
+from PIL import Image
+from torch.nn.functional import avg_pool2d, interpolate
+
+import progan
+
+
+def test_stages():
+    """Each trains for 10 steps, and the next one fades in for 10, linearly."""
+    expected = {1: (0, 1), 10: (0, 1), 11: (1, 0), 12: (1, 0.1), 20: (1, 0.9), 21: (1, 1)}
+    expected |= {30: (1, 1), 31: (2, 0), 40: (2, 0.9), 41: (2, 1), 50: (2, 1), 1000: (2, 1)}
+    for step, stage_and_fade in expected.items():
+        assert progan.stage_and_fade(step, 10, 16) == pytest.approx(stage_and_fade)
+    assert progan.stage_and_fade(1, 0, 16) == (2, 1), "without growing"
+
+
+def test_a_fade_begins_with_the_networks_of_the_stage_before():
+    torch.manual_seed(0)
+    G, D = progan.Generator(6, 8, 3, 16), progan.Discriminator(8, 3, 16)
+    z = torch.randn(4, 6)
+    for stage in (1, 2):
+        size = 4 * 2**stage
+        small, image = G(z, stage - 1, 1.0), G(z, stage, 0.0)
+        assert image.shape == (4, 3, size, size)
+        assert torch.allclose(image, interpolate(small, scale_factor=2), atol=1e-6)
+        x = torch.randn(4, 3, size, size)
+        expected = D(avg_pool2d(x, 2), stage - 1, 1.0)
+        assert torch.allclose(D(x, stage, 0.0), expected, atol=1e-5)
+
+
+def test_a_fade_goes_on_evenly_and_ends_without_the_stage_before():
+    torch.manual_seed(0)
+    G, D = progan.Generator(6, 8, 3, 16), progan.Discriminator(8, 3, 16)
+    z, x = torch.randn(4, 6), torch.randn(4, 3, 16, 16)
+    start, middle, end = (G(z, 2, fade) for fade in (0.0, 0.5, 1.0))
+    assert torch.allclose(middle, (start + end) / 2, atol=1e-5)
+    assert torch.allclose(G(z, 2, 1 - 1e-6), end, atol=1e-4)
+    assert torch.allclose(D(x, 2, 1 - 1e-6), D(x, 2, 1.0), atol=1e-4)
+    assert not torch.allclose(D(x, 2, 0.5), D(x, 2, 1.0), atol=1e-3)
+    G(z, 2, 1.0).sum().backward()
+    assert G.to_rgb[1].weight.grad is None and G.to_rgb[2].weight.grad is not None
+
+
+def test_real_images_fade_too():
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    x = interpolate(x, scale_factor=2)  # 8x8, pairs of equal pixels
+    assert torch.equal(progan.reals_at(x, 0, 1.0), x[:, :, ::2, ::2])
+    assert torch.equal(progan.reals_at(x, 1, 1.0), x)
+    x = torch.zeros(1, 1, 8, 8)
+    x[0, 0, 0, 0] = 8
+    faded = progan.reals_at(x, 1, 0.25)[0, 0]
+    assert faded[0, :3].tolist() == [0.75 * 2 + 0.25 * 8, 0.75 * 2, 0]
+    assert faded[1, :2].tolist() == [0.75 * 2, 0.75 * 2]
+
+
+def test_layers():
+    linear, conv = progan.Linear(100, 50), progan.Conv(32, 16, 3, gain=1.0)
+    for layer in (linear, conv):
+        assert layer.weight.std().item() == pytest.approx(1, rel=0.05)
+        assert not layer.bias.any()
+    x = torch.randn(2000, 100)
+    assert torch.allclose(linear(x), (2 / 100) ** 0.5 * x @ linear.weight.T, atol=1e-4)
+    assert conv(torch.randn(16, 32, 16, 16)).std().item() == pytest.approx(1, rel=0.1)
+    x = torch.randn(2, 5, 3, 3)
+    expected = x / (x.pow(2).sum(1, keepdim=True) / 5).sqrt()
+    assert torch.allclose(progan.PixelNorm()(x), expected, atol=1e-5)
+    assert progan.PixelNorm()(torch.zeros(2, 5)).isfinite().all()
+
+
+def test_networks():
+    """Pixel norm in G alone, after every convolution and on z; nothing bounds the images."""
+    torch.manual_seed(0)
+    G, D = progan.Generator(6, 8, 3, 32), progan.Discriminator(8, 3, 32)
+    z = torch.randn(4, 6)
+    assert torch.allclose(G(z, 3, 1.0), G(5 * z, 3, 1.0), atol=1e-4)
+    norms = [sum(isinstance(m, progan.PixelNorm) for m in net.modules()) for net in (G, D)]
+    assert norms == [9, 0]
+    assert G(z, 3, 1.0).shape == (4, 3, 32, 32) and D(G(z, 3, 1.0), 3, 1.0).shape == (4,)
+    assert 20 * G(z, 3, 1.0).abs().max() > 1
+    channels = [progan.channels_at(size, 512) for size in (4, 8, 16, 32, 64)]
+    assert channels == [512, 512, 512, 256, 128]
+
+
+def test_minibatch_deviation():
+    """One number of the whole batch."""
+    x = torch.randn(6, 3, 4, 4)
+    y = progan.minibatch_deviation(x, group=6)
+    assert y.shape == (6, 1, 4, 4)
+    assert torch.allclose(y, x.std(0, correction=0).mean().expand_as(y), rtol=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 750.0])
+def test_gradient_penalty(gamma):
+    """(||w|| - gamma)^2 / gamma^2 for D(x) = wx."""
+    w = torch.randn(3 * 16 * 16)
+    x_real, x_fake = torch.randn(5, 3, 16, 16), torch.randn(5, 3, 16, 16)
+    penalty = progan.gradient_penalty(lambda x: x.flatten(1) @ w, x_real, x_fake, gamma)
+    assert penalty.item() == pytest.approx((w.norm().item() / gamma - 1) ** 2, rel=1e-4)
+
+
+def test_d_step(monkeypatch):
+    """The loss, the weighted penalty, and the one on scores of real images; real and fake images
+    never share a batch, whose statistic would tell them apart."""
+    run, sizes = open_script("progan", "--stage-steps", 0), []
+    monkeypatch.setattr(progan, "gradient_penalty", lambda D, x, y, gamma: torch.tensor(gamma))
+    run.D.register_forward_hook(lambda m, inputs, out: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        run.D.last[-1].bias += 100
+    x_real = torch.rand(4, 3, 16, 16)
+    loss_D, d_real, d_fake = run.d_step(x_real, 2, 1.0)
+    expected = d_fake - d_real + 10 * 750 + 0.001 * d_real.square()
+    assert loss_D.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert abs(d_real.item() - 100) < 20
+    assert sizes == [4, 4]
+
+
+def test_adam_starts_anew_with_each_part_of_a_stage():
+    """With 3 steps each, at steps 4, 7, 10 and 13 of 16 pixels."""
+    for steps, done in ((3, 3), (4, 1), (8, 2), (15, 3), (17, 5)):
+        train("progan", f"run{steps}", "--stage-steps", 3, "--steps", steps)
+        saved = checkpoint(f"run{steps}")["state"]
+        for opt in ("opt_D", "opt_G"):
+            counts = {int(s["step"]) for s in saved[opt]["state"].values()}
+            assert counts == {done}
+
+
+def test_resume_in_a_fade_is_bit_for_bit():
+    flags = ["--stage-steps", 4, "--save-every", 6, "--log-every", 1]
+    train("progan", "whole", "--steps", 16, *flags)
+    train("progan", "parts", "--steps", 6, *flags)
+    train("progan", "parts", "--steps", 16, "--resume", small="")
+    assert log_rows("parts") == log_rows("whole")
+    assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
+
+
+def test_the_average_draws_the_images_enlarged():
+    train("progan", "run", "--stage-steps", 20, "--steps", 6, "--lr", 0.05)
+    saved, grids = checkpoint("run")["state"], {}
+    for part in ("average", "G"):
+        G = progan.Generator(6, 8, 3, 16)
+        G.load_state_dict(saved[part])
+        with torch.no_grad():
+            grids[part] = interpolate(G(saved["fixed_z"], 0, 1.0), 16)
+    drawn = np.asarray(Image.open("run/samples/000006.png"), float)
+    first = drawn[2 * 4 : 18 * 4 : 4, 2 * 4 : 18 * 4 : 4]  # the first image, one pixel in four
+    for part, close in (("average", True), ("G", False)):
+        image = ((grids[part][0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+        assert (np.abs(image - first).max() < 2) == close, part
+
+
+def test_cuda_graphs_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit):
+        progan.parse_args(["--cuda-graph", "--device", "cuda"])
+    assert "--cuda-graph cannot be used here" in capsys.readouterr().err
+
+
+def test_learns_one_picture_through_all_stages():
+    """G itself: its average takes longer than this."""
+    flags = "--image-size 16 --batch-size 8 --width 16 --z-dim 6 --stage-steps 40 --steps 240"
+    data = picture_folder(Path("pictures"))
+    flags = f"{flags} --gamma 1 --lr 3e-3 --save-every 1000 --out-dir run --device cpu"
+    progan.main(f"--dataset {data} {flags}".split())
+    G = progan.Generator(6, 16, 3, 16)
+    G.load_state_dict(checkpoint("run")["state"]["G"])
+    with torch.no_grad():
+        images = (G(torch.randn(8, 6), 2, 1.0).permute(0, 2, 3, 1).numpy() + 1) * 127.5
+    distances = [[np.abs(image - picture(k)).mean() for k in (0, 1)] for image in images]
+    assert all(near < 45 and near < far for near, far in distances), distances
