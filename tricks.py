@@ -90,8 +90,8 @@ def parse_args(argv=None):
         "--decay", action="store_true", help="let both rates fall linearly to 0 at --steps"
     )
     args = common.parse_args(p, argv)
-    if args.minibatch_kernels and (args.r1 or args.feature_matching):
-        p.error("--minibatch-kernels does not go with --r1 or --feature-matching: leave one out")
+    if args.minibatch_kernels and (args.r1 or args.feature_matching or args.replay):
+        p.error("--minibatch-kernels excludes --r1, --feature-matching and --replay: leave one out")
     planned = p.get_default("steps")  # those of the run, with --resume
     if args.resume and args.decay and args.steps != planned:
         p.error(
@@ -242,15 +242,15 @@ def feature_distance(D, x_real, x_fake):
 
 
 def replayed(pool, x_fake):
-    """The fakes (N, C, S, S), of which half are replaced by random ones of `pool` (M, C, S, S), or
-    fewer if the pool is smaller. The replaced ones overwrite random entries of the pool:
-    Shrivastava et al. 2016, section 2.3."""
+    """Old fakes, random ones of `pool` (M, C, S, S), in place of half of the fakes (N, C, S, S), or
+    of fewer if the pool is smaller; and the other fakes. Those replaced overwrite random entries of
+    the pool: Shrivastava et al. 2016, section 2.3."""
     n = min(len(x_fake) // 2, len(pool))
     drawn = torch.rand(len(pool), device=pool.device).argsort()[:n]
     renewed = torch.rand(len(pool), device=pool.device).argsort()[:n]
     earlier = pool[drawn]
     pool[renewed] = x_fake[:n]
-    return torch.cat([earlier, x_fake[n:]])
+    return earlier, x_fake[n:]
 
 
 def move_average(average, G, beta):
@@ -353,9 +353,12 @@ def main(argv=None):
         D.requires_grad_(True)
         with torch.no_grad():
             x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-            if args.replay:
-                x_fake = replayed(pool, x_fake)
-        d_real, d_fake = D(augment(x_real)), D(augment(x_fake))
+        d_real = D(augment(x_real))
+        if args.replay:
+            # Each part passes D separately: batch norm would show D that they are mixed.
+            d_fake = torch.cat([D(augment(part)) for part in replayed(pool, x_fake)])
+        else:
+            d_fake = D(augment(x_fake))
         loss_D = d_loss(d_real, d_fake, args.smooth, args.flip)
         if args.r1:
             loss_D = loss_D + args.r1 / 2 * r1_penalty(lambda x: D(augment(x)), x_real)

@@ -72,7 +72,14 @@ OWN_FLAGS = {
     "wgan_gp": ("--gp-weight -1",),
     "lsgan": ("--a nan",),
     "cgan": ("--label 1", "--label -1"),
-    "tricks": ("--smooth 1", "--noise -1", "--r1 nan", "--ema 1", "--minibatch-kernels 3 --r1 1"),
+    "tricks": (
+        "--smooth 1",
+        "--noise -1",
+        "--r1 nan",
+        "--ema 1",
+        "--minibatch-kernels 3 --r1 1",
+        "--minibatch-kernels 3 --replay 9",
+    ),
 }
 
 
