@@ -200,6 +200,17 @@ def test_z_is_uniform(monkeypatch):
     assert all(z.min() >= 0 and z.max() < 1 for z in seen)
 
 
+def test_grids_are_drawn_with_the_running_statistics():
+    train("ssgan", "run", "--steps", 5)
+    saved = checkpoint("run")["state"]
+    G = ssgan.Generator(6, 32, 3, 16)
+    G.load_state_dict(saved["G"])
+    with torch.no_grad():
+        image = (G.eval()(saved["fixed_z"])[0].permute(1, 2, 0).numpy() + 1) * 127.5
+    drawn = np.asarray(Image.open("run/samples/000005.png"), float)
+    assert np.abs(drawn[2 * 4 : 18 * 4 : 4, 2 * 4 : 18 * 4 : 4] - image).max() < 2
+
+
 def test_G_gets_unlabelled_images_of_its_own(monkeypatch):
     run = open_script("ssgan", "--labels", 3, "--n-critic", 2)
     real, seen = recorded(monkeypatch, "sample_batch"), []
@@ -234,6 +245,8 @@ def test_test_images_are_never_in_training(tmp_path):
     expected = common.load_torchvision("mnist", str(tmp_path), train=False)
     assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
     assert not torch.equal(images, data.images)
+    args.image_size = 16
+    assert ssgan.split(args, data)[1].shape == (20, 1, 16, 16)
 
 
 @pytest.mark.parametrize(
