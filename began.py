@@ -11,12 +11,13 @@ The energy of an image is D(x) = mean |Dec(Enc(x)) - x|, over all its pixels.
 
 Differs from ebgan.py in: the error is absolute, a weight k takes the place of the margin, and there
 is no pulling-away term; the networks have no normalisation. It logs k and M = E[D(x)] +
-|gamma E[D(x)] - E[D(G(z))]|, which falls as a run goes on.
+|gamma E[D(x)] - E[D(G(z))]|, the paper's measure of convergence.
 
-The networks are those of github.com/carpedm20/BEGAN-tensorflow, with one stage fewer for 32 pixels.
-Deviations from the paper:
-- The learning rate is constant. The paper lowers it when M no longer falls.
-- D and G are updated one after the other, on different noise.
+The networks are those of github.com/carpedm20/BEGAN-tensorflow. Deviations from the paper and that
+code:
+- The learning rate is constant. The paper lowers it when M no longer falls; that code halves it
+  every 100,000 steps.
+- That code updates D and G at once, on the same noise.
 
     python began.py
 """
@@ -46,7 +47,7 @@ def parse_args(argv=None):
     p.add_argument("--n-critic", type=common.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
     p.add_argument(
-        "--gamma", type=common.positive_float, default=0.5, help="less: clearer but more alike"
+        "--gamma", type=common.positive_float, default=0.5, help="E[D(G(z))] / E[D(x)] to aim at"
     )
     p.add_argument(
         "--lambda-k", type=common.non_negative_float, default=1e-3, help="how fast k moves"
@@ -76,11 +77,11 @@ class Discriminator(nn.Module):
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
-        # 128 x 32x32
+        # 64 x 32x32
         c = width
         layers = conv(channels, c) + conv(c, c) + conv(c, c)
 
-        # 256 x 16x16, 384 x 8x8: with each halving, `width` channels more
+        # 128 x 16x16, 192 x 8x8: with each halving, `width` channels more
         for _ in range(int(math.log2(image_size // 8))):
             layers += [nn.Conv2d(c, c, 3, stride=2, padding=1)]
             layers += conv(c, c + width) + conv(c + width, c + width)
@@ -97,11 +98,11 @@ class Discriminator(nn.Module):
 
 def decoder(z_dim, width, channels, image_size):
     """The layers of G, and of D from its code (N, z_dim) to a reconstruction."""
-    # 128 x 8x8
+    # 64 x 8x8
     layers = [nn.Linear(z_dim, width * 64), nn.Unflatten(1, (width, 8, 8))]
     layers += conv(width, width) + conv(width, width)
 
-    # 128 x 16x16, 128 x 32x32
+    # 64 x 16x16, 64 x 32x32
     for _ in range(int(math.log2(image_size // 8))):
         layers += [nn.Upsample(scale_factor=2)]  # repeats each pixel
         layers += conv(width, width) + conv(width, width)

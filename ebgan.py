@@ -7,16 +7,17 @@ The energy of an image is D(x) = ||Dec(Enc(x)) - x||, the norm over all its pixe
 low energies, generated ones energies up to the margin m. S are the codes Enc(G(z)) of a batch.
 
     D:  min  E[D(x)] + E[max(0, m - D(G(z)))]
-    G:  min  E[D(G(z))] + 0.1 PT(S)
+    G:  min  E[D(G(z))] + pt_weight PT(S)
              PT = mean_{i != j} (S_i . S_j / (||S_i|| ||S_j||))^2
 
 Differs from dcgan.py in: D is an autoencoder, its loss has a margin, and G's loss drives the codes
 of a batch apart.
 
 Deviations from the paper:
-- The networks are dcgan.py's; D's decoder has the layers of G. The paper's are fully connected on
-  MNIST.
-- The margin is for images in [-1, 1]. The paper has 10 on MNIST, with pixels in [0, 1].
+- G is that of dcgan.py, D's encoder has the layers of its D, and D's decoder mirrors them. On MNIST
+  the paper's networks are fully connected.
+- The margin is 20, not 10 as in the paper on MNIST. Its pixels are in [0, 1]: in [-1, 1], distances
+  are twice as large.
 
     python ebgan.py
 """

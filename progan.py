@@ -16,8 +16,8 @@ initialisations, pixel norm in G and a statistic of the batch in D; the slope ga
 asks for; a penalty that keeps scores near 0; an average of G draws the images.
 
 This is the configuration in which the authors train CIFAR-10 ("Section 6.4.2" in config.py of the
-Theano version, github.com/tkarras/progressive_growing_of_gans). Deviations from it:
-- Layers have `--width` channels up to 16 pixels, and half as many with each doubling above.
+Theano version, github.com/tkarras/progressive_growing_of_gans). A deviation from it: the scale of a
+weight follows from its fan-in; theirs is measured on the initial weights.
 
 An update changes when the networks grow, so that it cannot be one CUDA graph: --cuda-graph is
 refused.
@@ -133,7 +133,8 @@ class Generator(nn.Module):
         size = 4
         while size < image_size:
             size *= 2
-            n_in, c = c, channels_at(size, width)
+            n_in = c
+            c = channels_at(size, width)
             layers = [nn.Upsample(scale_factor=2)]  # repeats each pixel
             layers += [Conv(n_in, c, 3), nn.LeakyReLU(0.2), PixelNorm()]
             layers += [Conv(c, c, 3), nn.LeakyReLU(0.2), PixelNorm()]
@@ -143,7 +144,8 @@ class Generator(nn.Module):
     def forward(self, z, stage, fade):
         x = z
         for block in self.blocks[: stage + 1]:
-            before, x = x, block(x)
+            before = x
+            x = block(x)
         image = self.to_rgb[stage](x)
         if fade < 1:
             coarse = nn.functional.interpolate(self.to_rgb[stage - 1](before), scale_factor=2)
@@ -172,7 +174,8 @@ class Discriminator(nn.Module):
         size = 4
         while size < image_size:
             size *= 2
-            n_out, c = c, channels_at(size, width)
+            n_out = c
+            c = channels_at(size, width)
             layers = [Conv(c, c, 3), nn.LeakyReLU(0.2), Conv(c, n_out, 3), nn.LeakyReLU(0.2)]
             self.blocks.append(nn.Sequential(*layers, nn.AvgPool2d(2)))
             self.from_rgb.append(nn.Sequential(Conv(channels, c, 1), nn.LeakyReLU(0.2)))

@@ -26,6 +26,7 @@ train_mnist_feature_matching.py). Deviations from it:
 """
 
 import copy
+import math
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 import torch
@@ -275,7 +276,7 @@ def main(argv=None):
 
     def labelled_batch():
         """All labelled images, again and again, each time in another order, up to a batch."""
-        repeats = -(-args.batch_size // args.labels)
+        repeats = math.ceil(args.batch_size / args.labels)
         order = torch.rand(repeats, args.labels, device=args.device).argsort(1)
         index = order.flatten()[: args.batch_size]
         return x_labelled[index], y_labelled[index]

@@ -57,7 +57,7 @@ def parse_args(argv=None):
         "--truncation",
         type=common.non_negative_float,
         default=1.0,
-        help="with --generate: scale w's distance from its mean; less means safer, less varied",
+        help="with --generate: factor for w - mean; less than 1 gives safer, less varied images",
     )
     return common.parse_args(p, argv, generate_only=("truncation",))
 
@@ -90,7 +90,7 @@ class Filter(nn.Module):
         n_channels = x.shape[1]
         kernel = self.kernel.expand(n_channels, 1, 4, 4)
         if self.up:
-            return nn.functional.conv_transpose2d(x, kernel, None, 2, 1, groups=n_channels)
+            return nn.functional.conv_transpose2d(x, kernel, stride=2, padding=1, groups=n_channels)
         return nn.functional.conv2d(x, kernel, padding=self.padding, groups=n_channels)
 
 
@@ -207,7 +207,8 @@ class Generator(nn.Module):
         size = 4
         while size < image_size:
             size *= 2
-            n_in, c = c, channels_at(size, width)
+            n_in = c
+            c = channels_at(size, width)
             self.layers += [Layer(n_in, c, size, z_dim, up=True), Layer(c, c, size, z_dim)]
             self.to_rgb += [ToRGB(c, channels, z_dim)]
         self.enlarge = Filter(gain=4.0, up=True)
@@ -259,7 +260,8 @@ class Discriminator(nn.Module):
         while size > 4:
             n_out = channels_at(size // 2, width)
             self.convs += [Conv(c, c, 3), Conv(c, n_out, 3, down=True)]
-            size, c = size // 2, n_out
+            size = size // 2
+            c = n_out
 
         # 4x4, with one more channel for minibatch_deviation
         self.conv = Conv(c + 1, c, 3)

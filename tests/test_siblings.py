@@ -4,11 +4,12 @@ How two siblings differ is on one page, docs/what-changed.md, made from the scri
 what they share, change all of them; to change what differs, renew the page and read it.
 """
 
+import inspect
 import re
 
 import pytest
 import what_changed
-from helpers import NAMES, ROOT
+from helpers import NAMES, ROOT, SCRIPTS
 
 ALL = (*NAMES, "tricks")
 
@@ -54,3 +55,18 @@ def test_common_flags(name):
         expected = expected.replace("Adam's beta2", "RMSprop's alpha").replace("beta2", "alpha")
     assert "\n".join(first_flags(name)) == expected
     assert "--image-size" in expected.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "name, other, shared",
+    [
+        ("stylegan2", "dcgan", "d_loss g_loss"),
+        ("ebgan", "dcgan", "Generator init_weights"),
+        ("progan", "wgan_gp", "d_loss g_loss"),
+        ("progan", "stylegan2", "minibatch_deviation"),
+    ],
+)
+def test_what_others_share(name, other, shared):
+    for part in shared.split():
+        ours, theirs = (getattr(SCRIPTS[script], part) for script in (name, other))
+        assert inspect.getsource(ours) == inspect.getsource(theirs)

@@ -179,7 +179,7 @@ def test_the_lazy_penalty(monkeypatch):
     assert [at for at, _ in penalties] == [8, 17], "after 4 and 8 updates of D and G"
     assert steps[8] is steps[0] is not steps[1]
     wanted = [g for g in expected[0] if g is not None]
-    for ours, theirs in zip(gradients[0], wanted, strict=False):
+    for ours, theirs in zip(gradients[0], wanted, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
     penalties.clear()

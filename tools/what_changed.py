@@ -83,7 +83,7 @@ convolutions per size, blurs before it halves the size, and sees how much the im
 differ.
 
 dcgan stylegan2, The R1 penalty (losses): The two losses are those of dcgan.py. D also gets a
-penalty on its slope at real images, which keeps it from being ever steeper there.
+penalty on its slope at real images, which keeps that slope small.
 
 dcgan stylegan2, Lazy steps and an average of G (training): The penalty is costly and changes
 slowly, so it has a step of its own after every 16th. The images are drawn by an average of G's
