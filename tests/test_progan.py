@@ -96,6 +96,12 @@ def test_minibatch_deviation():
     assert torch.allclose(y, x.std(0, correction=0).mean().expand_as(y), rtol=1e-4)
 
 
+def test_D_compares_the_images_of_a_batch():
+    D = progan.Discriminator(8, 3, 16)
+    x = torch.randn(3, 3, 16, 16)
+    assert not torch.allclose(D(x[[0, 1]], 2, 1.0)[0], D(x[[0, 2]], 2, 1.0)[0])
+
+
 @pytest.mark.parametrize("gamma", [1.0, 750.0])
 def test_gradient_penalty(gamma):
     """(||w|| - gamma)^2 / gamma^2 for D(x) = wx."""
@@ -153,6 +159,25 @@ def test_the_average_draws_the_images_enlarged():
     for part, close in (("average", True), ("G", False)):
         image = ((grids[part][0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
         assert (np.abs(image - first).max() < 2) == close, part
+
+
+def test_the_average():
+    """It moves by a thousandth of the way in each step."""
+    before = open_script("progan").G.state_dict()
+    train("progan", "run", "--steps", 1)
+    saved = checkpoint("run")["state"]
+    for name, average in saved["average"].items():
+        expected = 0.999 * before[name] + 0.001 * saved["G"][name]
+        assert torch.allclose(average, expected, atol=1e-6)
+    assert not same(saved["average"], dict(before))
+
+
+def test_generate_draws_at_the_stage_of_the_run():
+    train("progan", "run", "--stage-steps", 1, "--steps", 6)
+    progan.main(["--out-dir", "run", "--device", "cpu", "--generate", "1"])
+    image = np.asarray(Image.open("run/generated/000000.png"), int)
+    assert image.shape == (16, 16, 3)
+    assert (image[::4] != image[1::4]).any(), "more than 4 rows"
 
 
 def test_cuda_graphs_are_refused(monkeypatch, capsys):

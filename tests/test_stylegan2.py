@@ -48,6 +48,48 @@ def test_demodulation_keeps_the_variance():
             assert y.var().item() == pytest.approx(1, rel=0.05)
 
 
+def test_doubling_keeps_the_mean():
+    """Of a constant picture, with weights that are all equal."""
+    means = []
+    for up in (False, True):
+        conv = stylegan2.ModulatedConv(3, 1, 3, w_dim=4, demodulate=False, up=up)
+        nn.init.ones_(conv.weight)
+        nn.init.zeros_(conv.affine.weight)
+        y = conv(torch.ones(1, 3, 16, 16), torch.zeros(1, 4))
+        means.append(y[:, :, 4:-4, 4:-4].mean().item())
+    assert means[1] == pytest.approx(means[0], rel=1e-4)
+
+
+def test_pictures_of_all_sizes_are_added():
+    """Each enlarged: their biases alone are 1, 2 and 3. A style decides how much a size adds."""
+    G = stylegan2.Generator(6, 8, 3, 16)
+    for k, to_rgb in enumerate(G.to_rgb):
+        nn.init.zeros_(to_rgb.conv.weight)
+        nn.init.constant_(to_rgb.bias, k + 1)
+    inside = G(torch.randn(2, 6))[:, :, 4:-4, 4:-4]
+    assert torch.allclose(inside, torch.tensor(6.0), atol=1e-4)
+
+    to_rgb, x, w = stylegan2.ToRGB(4, 3, 6), torch.randn(2, 4, 8, 8), torch.randn(2, 6)
+    y = to_rgb(x, w)
+    with torch.no_grad():
+        to_rgb.conv.affine.weight *= 2
+        to_rgb.conv.affine.bias *= 2
+    assert torch.allclose(to_rgb(x, w), 2 * y, atol=1e-5)
+
+
+def test_each_layer_has_its_style():
+    G = stylegan2.Generator(6, 8, 3, 16)
+    seen = {}
+    for name, m in G.named_modules():
+        if isinstance(m, (stylegan2.Layer, stylegan2.ToRGB)):
+            m.register_forward_hook(
+                lambda m, inputs, out, name=name: seen.update({name: inputs[1][0, 0].item()})
+            )
+    G.synthesise(torch.arange(5.0)[None, :, None].expand(2, -1, 6))
+    assert [seen[f"layers.{k}"] for k in range(5)] == [0, 1, 2, 3, 4]
+    assert [seen[f"to_rgb.{k}"] for k in range(3)] == [0, 2, 4]
+
+
 def test_filters():
     """The sum of the taps is 1, or that of one in four pixels when a grid is doubled; a constant
     picture stays constant inside."""
@@ -73,8 +115,16 @@ def test_noise():
     nn.init.constant_(layer.noise_strength, 0.5)
     first, second = layer(x, w), layer(x, w)
     assert not torch.allclose(first, second) and not torch.allclose(first[0], first[1])
+    nn.init.zeros_(layer.conv.weight)
+    alone = layer(x, w)
+    assert torch.equal(alone[:, 0], alone[:, 1]), "the same in all channels"
     layer.eval()
     assert torch.equal(layer(x, w), layer(x, w)) and torch.allclose(layer(x, w)[0], layer(x, w)[1])
+
+
+def test_activation():
+    y = stylegan2.activate(torch.tensor([-1.0, 2.0]))
+    assert y.tolist() == pytest.approx([-0.2 * 2**0.5, 2 * 2**0.5])
 
 
 def test_equalised_layers():
@@ -93,6 +143,7 @@ def test_equalised_layers():
 
 def test_mapping_normalises_z():
     mapping, z = stylegan2.Mapping(8), torch.randn(5, 8)
+    assert mapping.first.rate == mapping.second.rate == 0.01
     assert torch.allclose(mapping(z), mapping(3 * z), atol=1e-5)
 
 
@@ -116,6 +167,12 @@ def test_minibatch_deviation():
     x = torch.randn(7, 3, 4, 4)
     whole = stylegan2.minibatch_deviation(x, group=4)
     assert torch.allclose(whole, torch.full_like(whole, 1e-4), atol=1e-5), "7 has no group of 4"
+
+
+def test_D_compares_the_images_of_a_batch():
+    D = stylegan2.Discriminator(8, 3, 16)
+    x = torch.randn(3, 3, 16, 16)
+    assert not torch.allclose(D(x[[0, 1]])[0], D(x[[0, 2]])[0])
 
 
 def test_lazy_adam():
@@ -178,6 +235,9 @@ def test_the_lazy_penalty(monkeypatch):
     train("stylegan2", "run", "--steps", 9, "--r1", 3)
     assert [at for at, _ in penalties] == [8, 17], "after 4 and 8 updates of D and G"
     assert steps[8] is steps[0] is not steps[1]
+    real = [picture(k).transpose(2, 0, 1) / 127.5 - 1 for k in (0, 1)]
+    real = torch.from_numpy(np.stack(real)).float().flatten(1)
+    assert torch.cdist(seen[0][1].flatten(1), real).min(1).values.max() < 1e-3, "at real images"
     wanted = [g for g in expected[0] if g is not None]
     for ours, theirs in zip(gradients[0], wanted, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
@@ -203,6 +263,18 @@ def test_the_average_draws_the_images():
     for part, close in (("average", True), ("G", False)):
         image = ((grids[part][0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
         assert (np.abs(image - first).max() < 2) == close, part
+
+
+def test_init_replaces_the_average_too():
+    train("stylegan2", "first", "--steps", 6, "--lr", 0.02)
+    train("stylegan2", "second", "--steps", 1, "--init", "first/checkpoint.pt")
+    G = stylegan2.Generator(6, 8, 3, 16).eval()
+    G.load_state_dict(checkpoint("first")["state"]["G"])
+    with torch.no_grad():
+        image = G(checkpoint("second")["state"]["fixed_z"])[0].clamp(-1, 1)
+    image = (image.permute(1, 2, 0).numpy() + 1) * 127.5
+    drawn = np.asarray(Image.open("second/samples/000000.png"), float)
+    assert np.abs(drawn[2 * 4 : 18 * 4 : 4, 2 * 4 : 18 * 4 : 4] - image).max() < 2
 
 
 def test_truncation():
