@@ -287,8 +287,10 @@ def main(argv=None):
         x, y = labelled_batch()
         with torch.no_grad():
             x_fake = G(torch.rand(args.batch_size, args.z_dim, device=args.device))
-        d_real, d_fake = D(x_real), D(x_fake)
-        loss_D = d_loss_labelled(D(x), y)
+        # Weight norm computes the weights once for the three batches.
+        with nn.utils.parametrize.cached():
+            d_real, d_fake, d_labelled = D(x_real), D(x_fake), D(x)
+        loss_D = d_loss_labelled(d_labelled, y)
         loss_D = loss_D + args.unlabelled_weight * d_loss_unlabelled(d_real, d_fake)
         opt_D.zero_grad()
         loss_D.backward()
@@ -299,7 +301,9 @@ def main(argv=None):
         """One update of G: minimise g_loss, with D fixed."""
         D.requires_grad_(False)
         x_fake = G(torch.rand(args.batch_size, args.z_dim, device=args.device))
-        loss_G = g_loss(D.features(x_real), D.features(x_fake))
+        with nn.utils.parametrize.cached():
+            f_real, f_fake = D.features(x_real), D.features(x_fake)
+        loss_G = g_loss(f_real, f_fake)
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
