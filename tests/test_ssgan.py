@@ -278,10 +278,11 @@ def test_resume_is_bit_for_bit(tmp_path):
 
 
 def test_learns_two_classes_from_one_label_each(tmp_path, capsys):
-    """It classifies the test images, by the average, and G draws pictures like the real ones."""
+    """It classifies the test images, by the average, and G draws pictures like the real ones: they
+    correlate by 0.67 to 0.75 with the nearer one, with seven seeds, and by 0.1 untrained."""
     data = class_folder(tmp_path / "images")
-    flags = "--image-size 16 --width 64 --batch-size 16 --z-dim 6 --steps 400 --save-every 1000"
-    train("ssgan", "run", "--labels", 2, data=data, small=flags)
+    flags = "--image-size 16 --batch-size 16 --z-dim 6 --steps 400 --save-every 1000"
+    train("ssgan", "run", "--width", 64, data=data, small=flags)
     assert "errors: 0 of 4 test images" in capsys.readouterr().err
     assert log_rows("run")[-1]["test_error"] == 0
     saved = checkpoint("run")["state"]
@@ -289,6 +290,7 @@ def test_learns_two_classes_from_one_label_each(tmp_path, capsys):
 
     ssgan.main(["--out-dir", "run", "--device", "cpu", "--generate", "8"])
     drawn = [np.asarray(Image.open(file), float) for file in Path("run", "generated").iterdir()]
-    distances = [[np.abs(image - 0.9 * picture(k)).mean() for k in (0, 1)] for image in drawn]
-    assert np.min(distances, axis=1).mean() < 50, distances
-    assert set(np.argmin(distances, axis=1)) == {0, 1}, "both pictures"
+    pictures = [picture(k).ravel() for k in (0, 1)]
+    likeness = np.array([[np.corrcoef(x.ravel(), p)[0, 1] for p in pictures] for x in drawn])
+    assert likeness.max(1).mean() > 0.5, likeness
+    assert set(likeness.argmax(1)) == {0, 1}, "both pictures"
