@@ -125,6 +125,12 @@ def checkpoint(run):
     return torch.load(Path(run, "checkpoint.pt"), weights_only=True)
 
 
+def first_image(run, step):
+    """The first image of a grid, as (3, 16, 16) in [-1, 1]. The grid has it 4 times as large."""
+    grid = torch.from_numpy(np.array(Image.open(Path(run, "samples", f"{step:06}.png"))))
+    return grid[8:72:4, 8:72:4].permute(2, 0, 1) / 127.5 - 1
+
+
 def log_rows(run):
     """The rows of a log.csv without the times, as numbers."""
     rows = csv.DictReader(Path(run, "log.csv").read_text().splitlines())
