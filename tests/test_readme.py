@@ -19,12 +19,14 @@ def test_python_snippets(monkeypatch):
     train("dcgan", "runs/dcgan-digits", *flags)
     train("cgan", "runs/cgan-digits", *flags)
     train("tricks", "runs/tricks-digits", *flags, "--ema", 0.9)
+    train("stylegan2", "runs/stylegan2-digits", *flags)
     blocks = [re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S) for page in PAGES]
     assert len(blocks[0]) >= 1 and len(blocks[1]) >= 3
     for block in itertools.chain(*blocks):
         if "pandas" not in block or importlib.util.find_spec("pandas"):
             exec(compile(block, "README", "exec"), {})
     assert Image.open("walk.png").size[0] > 100
+    assert Image.open("mixed.png").size == (9 * 18 + 2, 9 * 18 + 2)
     assert Image.open("run.gif").n_frames == 3
 
 
