@@ -20,6 +20,7 @@ train_mnist_feature_matching.py). Deviations from it:
 - Images have 32 pixels: MNIST's 28 are padded.
 - Unlabelled images are drawn with replacement, not in epochs of 600 updates.
 - Batch norm in G has a gain.
+- Adam's epsilon, 1e-4, is added to the root. Theirs, 1e-8, is added inside it.
 - The average moves faster at first; theirs starts at 0 and always moves by 1/10,000 of the way.
 
     python ssgan.py --labels 100 --steps 36000
