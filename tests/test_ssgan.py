@@ -277,6 +277,12 @@ def test_resume_is_bit_for_bit(tmp_path):
     assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
 
 
+def test_epsilon_of_adam():
+    """1e-8 inside of the root in the authors' code: 1e-4 outside."""
+    run = open_script("ssgan", "--labels", 3)
+    assert [opt.param_groups[0]["eps"] for opt in (run.opt_G, run.opt_D)] == [1e-4, 1e-4]
+
+
 def test_learns_two_classes_from_one_label_each(tmp_path, capsys):
     """It classifies the test images, by the average, and G draws pictures like the real ones: they
     correlate by 0.67 to 0.75 with the nearer one, with seven seeds, and by 0.1 untrained."""
