@@ -263,7 +263,7 @@ def main(argv=None):
     G = G.to(args.device, memory_format=torch.channels_last)
     D = D.to(args.device, memory_format=torch.channels_last)
     betas = (args.beta1, args.beta2)
-    # The authors' epsilon of 1e-8 is inside Adam's root, where it is as much as 1e-4 outside.
+    # The authors add their epsilon of 1e-8 inside Adam's root, which is like 1e-4 outside of it.
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, eps=1e-4, fused=True)
     opt_D = torch.optim.Adam(D.trained(), lr=args.lr, betas=betas, eps=1e-4, fused=True)
     if not args.generate:
