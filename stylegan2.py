@@ -16,7 +16,6 @@ This is the configuration in which the authors train CIFAR-10 (`cifar` in train.
 github.com/NVlabs/stylegan2-ada-pytorch): without the paper's path length regularisation, style
 mixing and residual connections. Deviations from it:
 - No augmentation and no mixed precision.
-- Layers have `--width` channels up to 64 pixels, and half as many with each doubling above.
 - The penalty has a minibatch of its own.
 - The mean of w for --truncation is computed when it is needed, from 10,000 z.
 
@@ -43,7 +42,12 @@ def parse_args(argv=None):
     )
     p.add_argument("--batch-size", type=common.positive_int, default=64, help="images per update")
     p.add_argument("--z-dim", type=common.positive_int, default=512, help="dimensions of z and w")
-    p.add_argument("--width", type=common.positive_int, default=512, help="channels at 4 pixels")
+    p.add_argument(
+        "--width",
+        type=common.positive_int,
+        default=512,
+        help="channels at 64 pixels; twice as many with each halving, up to 512",
+    )
     p.add_argument("--lr", type=common.positive_float, default=2.5e-3, help="learning rate")
     p.add_argument("--beta1", type=common.fraction, default=0.0, help="Adam's beta1")
     p.add_argument("--beta2", type=common.fraction, default=0.99, help="Adam's beta2")
@@ -66,8 +70,9 @@ def parse_args(argv=None):
 
 
 def channels_at(size, width):
-    """The number of channels of layers that have `size` x `size` pixels."""
-    return max(1, min(width, 64 * width // size))
+    """The number of channels of layers with `size` x `size` pixels: `width` at 64 pixels, and twice
+    as many with each halving, up to 512. With the default width, all sizes up to 64 have 512."""
+    return max(1, min(512, 64 * width // size))
 
 
 def activate(x):

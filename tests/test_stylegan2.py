@@ -157,10 +157,12 @@ def test_mapping_normalises_z():
 
 
 def test_channels():
-    """32,768 / size, at most 512."""
+    """64 width / size, at most 512."""
     sizes = (4, 8, 16, 32, 64, 128, 256)
     expected = [512, 512, 512, 512, 512, 256, 128]
     assert [stylegan2.channels_at(size, 512) for size in sizes] == expected
+    expected = [128, 64, 32, 16, 8, 4, 2]
+    assert [stylegan2.channels_at(size, 8) for size in sizes] == expected
 
 
 def test_minibatch_deviation():
@@ -304,7 +306,7 @@ def test_resume_is_bit_for_bit():
 
 def test_learns_one_picture():
     data, run = picture_folder(Path("pictures")), "--out-dir run --device cpu"
-    quick = "--image-size 16 --batch-size 8 --width 8 --z-dim 16 --lr 1e-2 --steps 150"
+    quick = "--image-size 16 --batch-size 8 --width 2 --z-dim 16 --lr 1e-2 --steps 150"
     stylegan2.main(f"--dataset {data} {quick} --save-every 1000 {run}".split())
     stylegan2.main(f"--generate 4 {run}".split())
     for file in Path("run", "generated").iterdir():
