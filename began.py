@@ -1,4 +1,4 @@
-"""BEGAN: D is an autoencoder, and a controller balances its errors on real and generated images.
+"""BEGAN: D is an autoencoder, and a weight k balances its errors on real and generated images.
 
 Berthelot, Schumm, Metz 2017, BEGAN: Boundary Equilibrium Generative Adversarial Networks.
 https://arxiv.org/abs/1703.10717
@@ -7,17 +7,22 @@ The energy of an image is D(x) = mean |Dec(Enc(x)) - x|, over all its pixels.
 
     D:  min  E[D(x)] - k E[D(G(z))]
     G:  min  E[D(G(z))]
-    k:  k + lambda (gamma E[D(x)] - E[D(G(z))]) after each update, kept in [0, 1]; at first 0
+    k:  starts at 0, and becomes k + lambda (gamma E[D(x)] - E[D(G(z))]) after each update of G,
+        but stays in [0, 1]
+
+gamma is the ratio of the two errors, E[D(G(z))] / E[D(x)], that k aims at: a lower one gives better
+but less varied images.
 
 Differs from ebgan.py in: the error is absolute, a weight k takes the place of the margin, and there
-is no pulling-away term; the networks have no normalisation. It logs k and M = E[D(x)] +
+is no pulling-away term; the networks have no normalisation. log.csv also has k and M = E[D(x)] +
 |gamma E[D(x)] - E[D(G(z))]|, the paper's measure of convergence.
 
-The networks are those of github.com/carpedm20/BEGAN-tensorflow. Deviations from the paper and that
-code:
+The networks and the betas of Adam are those of github.com/carpedm20/BEGAN-tensorflow. Deviations
+from the paper and that code:
 - The learning rate is constant. The paper lowers it when M no longer falls; that code halves it
   every 100,000 steps.
-- That code updates D and G at once, on the same noise.
+- D and G are updated in turn, on different noise. That code updates them at once, on the same.
+- The paper's skip connections, which are optional, are left out, as in that code.
 
     python began.py
 """
@@ -42,7 +47,7 @@ def parse_args(argv=None):
     p.add_argument("--z-dim", type=common.positive_int, default=64, help="dimensions of z")
     p.add_argument("--width", type=common.positive_int, default=64, help="channels near the image")
     p.add_argument("--lr", type=common.positive_float, default=1e-4, help="learning rate")
-    p.add_argument("--beta1", type=common.fraction, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta1", type=common.fraction, default=0.9, help="Adam's beta1")
     p.add_argument("--beta2", type=common.fraction, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=common.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
@@ -59,8 +64,8 @@ def parse_args(argv=None):
 
 
 class Generator(nn.Module):
-    """z (N, z_dim), uniform in [-1, 1) -> images (N, channels, image_size, image_size), about in
-    [-1, 1]."""
+    """z (N, z_dim), uniform in [-1, 1) -> images (N, channels, image_size, image_size). Nothing
+    keeps them in [-1, 1] but that D knows such images best."""
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
@@ -83,7 +88,7 @@ class Discriminator(nn.Module):
 
         # 128 x 16x16, 192 x 8x8: with each halving, `width` channels more
         for _ in range(int(math.log2(image_size // 8))):
-            layers += [nn.Conv2d(c, c, 3, stride=2, padding=1)]
+            layers += [nn.Conv2d(c, c, 3, stride=2, padding=1), nn.ELU()]
             layers += conv(c, c + width) + conv(c + width, c + width)
             c += width
 
@@ -166,12 +171,12 @@ def main(argv=None):
     # The weight of D's loss on generated images. A CUDA graph needs it as a tensor.
     k = torch.zeros((), device=args.device)
 
-    # The noise of all grids: they show how the same images change.
-    fixed_z = 2 * torch.rand(64, args.z_dim, device=args.device) - 1
-
     def noise(n):
         """z (n, z_dim), uniform in [-1, 1)."""
         return 2 * torch.rand(n, args.z_dim, device=args.device) - 1
+
+    # The noise of all grids: they show how the same images change.
+    fixed_z = noise(64)
 
     def d_step(x_real):
         """One update of D: minimise d_loss, with G fixed."""

@@ -1,21 +1,23 @@
-"""EBGAN: D is an autoencoder, and its error says how real an image is.
+"""EBGAN: D is an autoencoder, and reconstructs an image the worse, the less real it is.
 
 Zhao, Mathieu, LeCun 2016, Energy-based Generative Adversarial Network.
 https://arxiv.org/abs/1609.03126
 
-The energy of an image is D(x) = ||Dec(Enc(x)) - x||, the norm over all its pixels. Real images get
-low energies, generated ones energies up to the margin m. S are the codes Enc(G(z)) of a batch.
+The energy of an image is D(x) = ||Dec(Enc(x)) - x||, the norm over all its pixels. D lowers the
+energies of real images, and raises those of generated ones, but not beyond the margin m. S are the
+codes Enc(G(z)) of a batch, and PT, the pulling-away term, keeps them apart.
 
     D:  min  E[D(x)] + E[max(0, m - D(G(z)))]
     G:  min  E[D(G(z))] + pt_weight PT(S)
              PT = mean_{i != j} (S_i . S_j / (||S_i|| ||S_j||))^2
 
-Differs from dcgan.py in: D is an autoencoder, its loss has a margin, and G's loss drives the codes
-of a batch apart.
+Differs from dcgan.py in: D is an autoencoder, its loss has a margin, and G's loss has the
+pulling-away term.
 
 Deviations from the paper:
 - G is that of dcgan.py, D's encoder has the layers of its D, and D's decoder mirrors them. On MNIST
   the paper's networks are fully connected.
+- The pulling-away term is on by default (the paper's EBGAN-PT); --pt-weight 0 leaves it out.
 - Pixels are in [-1, 1], and the paper's in [0, 1]: distances are twice as large. The margin is
   nevertheless the paper's 10 of MNIST, because 20 was worse (docs/results.md).
 
@@ -49,7 +51,7 @@ def parse_args(argv=None):
         "--margin",
         type=common.positive_float,
         default=10.0,
-        help="m: energies above are high enough",
+        help="m: fakes with a higher energy no longer count",
     )
     p.add_argument(
         "--pt-weight",
@@ -57,7 +59,10 @@ def parse_args(argv=None):
         default=0.1,
         help="weight of the pulling-away term",
     )
-    return common.parse_args(p, argv)
+    args = common.parse_args(p, argv)
+    if args.batch_size < 2:
+        p.error("--batch-size must be at least 2, as the pulling-away term compares images")
+    return args
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -145,8 +150,8 @@ def init_weights(m):
 
 
 def d_loss(d_real, d_fake, margin):
-    """E[D(x)] + E[max(0, margin - D(G(z)))], from energies (N,): eq. 1. Each fake has its own
-    margin, so that those beyond it have no gradient."""
+    """E[D(x)] + E[max(0, margin - D(G(z)))], from energies (N,): eq. 1. The margin is for
+    each fake, not for their mean, so that those beyond it have no gradient."""
     return d_real.mean() + nn.functional.relu(margin - d_fake).mean()
 
 

@@ -93,6 +93,24 @@ def test_networks(name, image_size):
     assert bool(normalised) == (name == "ebgan")
 
 
+def test_layers_of_began():
+    """3x3 convolutions, all with an ELU but the last; the encoder's channels grow by the width."""
+    D = began.Discriminator(6, 8, 3, 32)
+    layers = list(D.net)
+    convs = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    assert all(layers[i].kernel_size == (3, 3) for i in convs)
+    assert all(isinstance(layers[i + 1], nn.ELU) for i in convs[:-1])
+    channels = [layers[i].out_channels for i in convs]
+    assert channels == [8, 8, 8, 8, 16, 16, 16, 24, 24] + [8] * 6 + [3]
+    assert [i for i in convs if layers[i].stride == (2, 2)] == [convs[3], convs[6]]
+
+
+def test_ebgan_compares_at_least_two_images(capsys):
+    with pytest.raises(SystemExit):
+        ebgan.parse_args(["--batch-size", "1"])
+    assert "--batch-size must be at least 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["ebgan", "began"])
 def test_the_gradient_of_the_energy_goes_through_image_and_reconstruction(name):
     D = discriminator(name).double().eval()

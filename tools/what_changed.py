@@ -41,21 +41,23 @@ gan ssgan: A classifier with few labels can still learn from images without: eac
 its classes, whichever, and G's belong to none. G does not try to deceive D here: it
 matches D's features on average.
 
-dcgan stylegan2: Noise need not enter G at the start. StyleGAN2 computes a style from it, which says
-in each layer how strong each feature is. The layers themselves begin with one learnt constant.
+dcgan stylegan2: z need not be the input of the first layer of G. StyleGAN2 computes a style from
+it, which says in each layer how strong each feature is. The input of the first layer is a learnt
+constant.
 
-dcgan ebgan: A classifier teaches one number per image. An autoencoder teaches as many as there are
-pixels: it learns to reconstruct real images, and G to draw images that it reconstructs. A margin
+dcgan ebgan: From a classifier, G gets one number per image to learn from; from an autoencoder, one
+per pixel. D learns to reconstruct real images, and G to draw images that D reconstructs. A margin
 keeps D from wasting effort on fakes that it already reconstructs badly.
 
-ebgan began: A fixed margin must suit the data and the moment. BEGAN adjusts a weight k instead, so
-that D's error on generated images stays a fixed share gamma of that on real ones.
+ebgan began: A margin has to be chosen for the data, and what suits the start of a run may not suit
+its end. BEGAN adjusts a weight k instead, so that D's error on generated images stays a fixed share
+gamma of that on real ones.
 
-wgan_gp progan: What is large in an image is easier to learn than what is small. Networks that begin
-with 4x4 images and grow learn one after the other.
+wgan_gp progan: Large structures are easier to learn than fine detail. Networks that begin with 4x4
+images and grow learn them in this order.
 
 progan stylegan2: Skip connections do what growing was for: coarse pictures come first by
-themselves, in networks that never change. Styles take the place of z at the start.
+themselves, in networks of a fixed size. Styles take the place of z at the start.
 """
 
 # A long change is told in parts. Each has a title, the classes and functions that it shows (or the
@@ -86,14 +88,14 @@ dcgan stylegan2, The R1 penalty (losses): The two losses are those of dcgan.py. 
 penalty on its slope at real images, which keeps that slope small.
 
 dcgan stylegan2, Lazy steps and an average of G (training): The penalty is costly and changes
-slowly, so it has a step of its own after every 16th. The images are drawn by an average of G's
-weights.
+slowly, so it has a step of its own after every 16th update. The images are drawn by an average of
+G's weights.
 """
 
 
 def objectives(text):
-    """The lines of a script's docstring with the objectives of D and G."""
-    return re.findall(r"^    ([DG]:  .*(?:\n {8,}\S.*)*)$", text, flags=re.MULTILINE)
+    """The lines of a script's docstring with the objectives of D and G, and BEGAN's rule for k."""
+    return re.findall(r"^    ([DGk]:  .*(?:\n {8,}\S.*)*)$", text, flags=re.MULTILINE)
 
 
 def parts(text):
