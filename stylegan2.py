@@ -4,19 +4,23 @@ Karras et al. 2019, Analyzing and Improving the Image Quality of StyleGAN.
 https://arxiv.org/abs/1912.04958
 
     D:  min  -E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(G(z))))]
-             + gamma/2 E[||grad D(x)||^2]    (only after every 16th update, but 16 times as much)
+             + gamma/2 E[||grad D(x)||^2]    (R1: after every 16th update only, 16 times as strong)
     G:  min  -E[log sigmoid(D(G(z)))]
+
+Two layers map z to w. From w, each layer of G computes its style, a factor for each of its input
+channels.
 
 Differs from dcgan.py in: G starts from a learnt constant, its layers have styles and noise, and
 each size adds to the picture of the size before; D blurs before it halves, and compares the images
-of a batch; weights have equal learning rates in place of batch norm; D has the R1 penalty; an
-average of G draws the images.
+of a batch; demodulation takes the place of batch norm in G, and equalised learning rates that of
+the initialisation; D has the R1 penalty; the images are drawn by an average of G.
 
 This is the configuration in which the authors train CIFAR-10 (`cifar` in train.py of
 github.com/NVlabs/stylegan2-ada-pytorch): without the paper's path length regularisation, style
 mixing and residual connections. Deviations from it:
-- No augmentation and no mixed precision.
-- The penalty has a minibatch of its own.
+- No augmentation, no mixed precision, and none of the clamping that the latter needs.
+- D is updated before G. The penalty has a minibatch of its own, and comes after 16 updates first.
+- Images are drawn with constant noise.
 - The mean of w for --truncation is computed when it is needed, from 10,000 z.
 
     python stylegan2.py --dataset cifar10
@@ -76,13 +80,14 @@ def channels_at(size, width):
 
 
 def activate(x):
-    """Leaky ReLU times sqrt(2), which keeps the variance of a normal x about as it is."""
+    """Leaky ReLU times sqrt(2), which keeps the mean square of a normal x about as it is."""
     return 2**0.5 * nn.functional.leaky_relu(x, 0.2)
 
 
 class Filter(nn.Module):
     """Blurs each channel of x (N, C, H, W) with the filter [1, 3, 3, 1] / 8 in both directions;
-    `up` doubles H and W. Without a blur, changes of size cause aliasing."""
+    `up` doubles H and W. Without a blur, fine detail turns into false patterns (aliasing) when the
+    size changes. A gain of 4 makes up for the zeros that doubling puts in three of four pixels."""
 
     def __init__(self, padding=0, gain=1.0, up=False):
         super().__init__()
@@ -101,8 +106,8 @@ class Filter(nn.Module):
 
 class Linear(nn.Module):
     """x (N, n_in) -> (N, n_out), with an equalised learning rate (Karras et al. 2017, section 4.1):
-    the weights are N(0, 1) and are divided by sqrt(n_in) in each forward pass. The layer learns
-    `rate` times as fast as others."""
+    the weights are N(0, 1) / rate, and are multiplied by rate / sqrt(n_in) in each forward pass.
+    Adam's steps are of one size for all weights, so that the layer learns `rate` times as fast."""
 
     def __init__(self, n_in, n_out, bias=0.0, rate=1.0):
         super().__init__()
@@ -135,10 +140,10 @@ class Conv(nn.Module):
 class ModulatedConv(nn.Module):
     """x (N, n_in, S, S), w (N, w_dim) -> (N, n_out, S, S), or (N, n_out, 2S, 2S) with `up`.
 
-    Section 2.2: the style s = affine(w) scales the weights of each input channel, w' = s w (eq. 1),
-    and demodulation divides those of each output channel by their norm, sqrt(sum w'^2) (eq. 3).
-    Each image would need weights of its own. To scale x before the convolution and its result
-    afterwards gives the same, with one convolution for all.
+    Section 2.2: the style s = affine(w) scales the weights of each input channel, W' = s W (eq. 1),
+    and demodulation divides those of each output channel by their norm, sqrt(sum W'^2) (eq. 3).
+    Each image would need weights of its own. Scaling x before the convolution, and the result after
+    it, gives the same with one convolution for the whole batch.
     """
 
     def __init__(self, n_in, n_out, kernel_size, w_dim, demodulate=True, up=False):
@@ -156,10 +161,10 @@ class ModulatedConv(nn.Module):
             x = nn.functional.conv2d(x, weight, padding=weight.shape[2] // 2)
         else:
             x = nn.functional.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
-            x = self.filter(x)
+            x = self.filter(x)  # the size is doubled: only the blur is left to do
         if self.demodulate:
-            norm = s.square() @ weight.square().sum((2, 3)).T  # (N, n_out)
-            x = x * (norm + 1e-8).rsqrt()[:, :, None, None]
+            squared_norm = s.square() @ weight.square().sum((2, 3)).T  # (N, n_out)
+            x = x * (squared_norm + 1e-8).rsqrt()[:, :, None, None]
         return x
 
 
@@ -181,6 +186,19 @@ class Layer(nn.Module):
         if self.training:
             noise = torch.randn_like(x[:, :1])
         return activate(x + self.noise_strength * noise + self.bias[:, None, None])
+
+
+class ToRGB(nn.Module):
+    """Features (N, n_in, S, S), w (N, w_dim) -> a picture (N, channels, S, S). There is no
+    demodulation, so that the style decides how much this size adds."""
+
+    def __init__(self, n_in, channels, w_dim):
+        super().__init__()
+        self.conv = ModulatedConv(n_in, channels, 1, w_dim, demodulate=False)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x, w):
+        return self.conv(x, w) + self.bias[:, None, None]
 
 
 class Mapping(nn.Module):
@@ -222,34 +240,22 @@ class Generator(nn.Module):
         return self.synthesise(self.mapping(z))
 
     def synthesise(self, w):
-        """Images of w (N, z_dim); or of one w for each layer, (N, len(self.layers), z_dim)."""
+        """Images of w (N, z_dim); or of a w for each layer and one more for the last picture,
+        (N, len(self.layers) + 1, z_dim). The picture of a size has the w of the layer after it."""
         if w.ndim == 2:
-            w = w[:, None].expand(-1, len(self.layers), -1)
+            w = w[:, None].expand(-1, len(self.layers) + 1, -1)
 
         # 4x4
         x = self.constant.expand(len(w), -1, -1, -1)
         x = self.layers[0](x, w[:, 0])
-        image = self.to_rgb[0](x, w[:, 0])
+        image = self.to_rgb[0](x, w[:, 1])
 
         # 8x8, 16x16, 32x32
         for k, to_rgb in enumerate(self.to_rgb[1:]):
             x = self.layers[2 * k + 1](x, w[:, 2 * k + 1])
             x = self.layers[2 * k + 2](x, w[:, 2 * k + 2])
-            image = self.enlarge(image) + to_rgb(x, w[:, 2 * k + 2])
+            image = self.enlarge(image) + to_rgb(x, w[:, 2 * k + 3])
         return image
-
-
-class ToRGB(nn.Module):
-    """Features (N, n_in, S, S), w (N, w_dim) -> a picture (N, channels, S, S). There is no
-    demodulation, so that the style decides how much this size adds."""
-
-    def __init__(self, n_in, channels, w_dim):
-        super().__init__()
-        self.conv = ModulatedConv(n_in, channels, 1, w_dim, demodulate=False)
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x, w):
-        return self.conv(x, w) + self.bias[:, None, None]
 
 
 class Discriminator(nn.Module):
@@ -311,8 +317,9 @@ def g_loss(d_fake):
 
 
 def r1_penalty(D, x_real):
-    """E[||grad D(x)||^2] at real images (N, C, S, S): the mean over the images of the squared norm
-    of each one's own gradient. Mescheder et al. 2018, eq. 9, without gamma / 2."""
+    """E[||grad D(x)||^2] at real images (N, C, S, S): Mescheder et al. 2018, eq. 9, without gamma /
+    2. It is the gradient of the sum of the scores, to which minibatch_deviation adds a part from
+    other images of the group, as in the authors' code."""
     x_real = x_real.detach().requires_grad_()
     (grad,) = torch.autograd.grad(D(x_real).sum(), x_real, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
@@ -322,8 +329,9 @@ def r1_penalty(D, x_real):
 
 
 def lazy_adam(network, args, interval):
-    """Adam for a network with one step for a penalty after every `interval` other ones. The rate
-    and betas make up for the additional step (appendix B, "Lazy regularization")."""
+    """Adam for a network with one step for a penalty after every `interval` other ones. To make up
+    for the additional step, the rate is multiplied by c = interval / (interval + 1), and the betas
+    are raised to its power (appendix B, "Lazy regularization")."""
     c = interval / (interval + 1)
     betas = (args.beta1**c, args.beta2**c)
     return torch.optim.Adam(network.parameters(), lr=c * args.lr, betas=betas, fused=True)
@@ -336,7 +344,7 @@ def move_average(average, G, seen, batch_size):
     half_life = min(500_000, 0.05 * seen)
     beta = 0.5 ** (batch_size / half_life)
     move = torch.optim.swa_utils.get_ema_multi_avg_fn(beta)
-    move(list(average.parameters()), list(G.parameters()), None)
+    move(list(average.parameters()), list(G.parameters()), None)  # None: a count it does not use
     for a, b in zip(average.buffers(), G.buffers(), strict=True):
         a.copy_(b)
 
@@ -346,8 +354,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = common.load_data(args)
 
-    # Networks and optimisers. The paper's G has a penalty after every 4th step. It is off here, as
-    # in the authors' configuration, which keeps its effect on Adam.
+    # Networks and optimisers. In the authors' code, G has a penalty after every 4th step. It is off
+    # in this configuration, which nevertheless keeps the correction of Adam for it.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size)
     D = Discriminator(args.width, data.channels, args.image_size)
     G = G.to(args.device, memory_format=torch.channels_last)
@@ -423,7 +431,8 @@ def main(argv=None):
         average.load_state_dict(G.state_dict())  # --init may have replaced G
         common.save_grid(args, 0, sample(fixed_z))
 
-    # Train.
+    # Train. Under torchrun, args.batch_size is the part of this process.
+    n_images = args.batch_size * common.world_size()
     update = common.cuda_graph(args, data, update)
     r1_step = common.cuda_graph(args, data, r1_step)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
@@ -431,7 +440,7 @@ def main(argv=None):
         values = update()
         if step % R1_EVERY == 0 and args.r1:
             r1_step()
-        move_average(average, G, args.batch_size * step, args.batch_size)
+        move_average(average, G, n_images * step, n_images)
         save_due = step % args.save_every == 0 or step == args.steps
 
         # A loss that is not finite stops the run here, before anything is saved.
