@@ -8,19 +8,24 @@ https://arxiv.org/abs/1710.10196
              with x_hat = eps x + (1 - eps) G(z), eps ~ U(0, 1)
     G:  min  -E[D(G(z))]
 
-The images have 4 pixels first, then 8, 16, ... With each doubling, a new block of both networks
+The images are 4x4 first, then 8x8, 16x16, ... With each doubling, a new block of both networks
 fades in for --stage-steps updates, and trains for as many.
 
-Differs from wgan_gp.py in: both networks, which grow, with equal learning rates in place of
-initialisations, pixel norm in G and a statistic of the batch in D; the slope gamma that the penalty
-asks for; a penalty that keeps scores near 0; an average of G draws the images.
+Differs from wgan_gp.py in: both networks grow; they have equalised learning rates in place of
+initialisations, pixel norm in G, and in D the standard deviation over the batch as a feature; the
+penalty asks for slopes of gamma, not 1; another one keeps scores near 0; Adam's state starts anew
+whenever a fade begins or ends; the images are drawn by an average of G.
 
-This is the configuration in which the authors train CIFAR-10 ("Section 6.4.2" in config.py of the
-Theano version, github.com/tkarras/progressive_growing_of_gans). A deviation from it: the scale of a
-weight follows from its fan-in; theirs is measured on the initial weights.
+This is the configuration in which the authors train CIFAR-10 ("Section 6.5" in config.py of the
+Theano version, github.com/tkarras/progressive_growing_of_gans, commit 18d4116). Deviations from it:
+- --stage-steps is 2,500, so that the default 20,000 steps reach 32x32. Theirs are 25,000, in a run
+  of 1,250,000.
+- G and D are updated in turn, on different fakes. Theirs are updated at once, on the same.
+- The scale of a weight follows from its fan-in; theirs is measured on the initial weights.
+- The first layer of G has a bias for each pixel, not one for each channel.
 
-An update changes when the networks grow, so that it cannot be one CUDA graph: --cuda-graph is
-refused.
+The stage and the fade change from step to step, which one CUDA graph cannot follow: --cuda-graph is
+refused. With --init, --stage-steps 0 goes on with the whole networks.
 
     python progan.py --dataset cifar10
 """
@@ -43,8 +48,8 @@ def parse_args(argv=None):
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--batch-size", type=common.positive_int, default=16, help="images per update")
-    p.add_argument("--z-dim", type=common.positive_int, default=512, help="dimensions of z")
-    p.add_argument("--width", type=common.positive_int, default=512, help="channels at 4 pixels")
+    p.add_argument("--z-dim", type=common.positive_int, default=128, help="dimensions of z")
+    p.add_argument("--width", type=common.positive_int, default=128, help="channels up to 32x32")
     p.add_argument("--lr", type=common.positive_float, default=1e-3, help="learning rate")
     p.add_argument("--beta1", type=common.fraction, default=0.0, help="Adam's beta1")
     p.add_argument("--beta2", type=common.fraction, default=0.99, help="Adam's beta2")
@@ -59,8 +64,9 @@ def parse_args(argv=None):
     p.add_argument(
         "--stage-steps",
         type=common.non_negative_int,
-        default=25_000,
-        help="updates of each fade, and of the training after it; 0: all layers from the start",
+        default=2500,
+        help="updates of each fade, and of the training after it, so that 6 times as many lead to"
+        " 32x32; 0: all layers from the start",
     )
     args = common.parse_args(p, argv)
     if args.cuda_graph:
@@ -72,8 +78,9 @@ def parse_args(argv=None):
 
 
 def channels_at(size, width):
-    """The number of channels of layers that have `size` x `size` pixels."""
-    return max(1, min(width, 16 * width // size))
+    """The number of channels of layers with `size` x `size` pixels: `width` up to 32x32, and half
+    as many with each doubling."""
+    return max(1, min(width, 32 * width // size))
 
 
 class Linear(nn.Module):
@@ -113,7 +120,8 @@ class PixelNorm(nn.Module):
 
 
 class Generator(nn.Module):
-    """z (N, z_dim) -> images (N, channels, S, S) about in [-1, 1], with S = 4 * 2**stage.
+    """z (N, z_dim) -> images (N, channels, S, S), with S = 4 * 2**stage. G learns to keep them in
+    [-1, 1], where the real ones are: there is no tanh.
 
     The block of the stage draws them. With fade < 1, they are mixed with those of the stage before,
     enlarged: figure 2. The comments have the shapes at the default width and size.
@@ -121,7 +129,7 @@ class Generator(nn.Module):
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
-        # 512 x 4x4; the scale of the first layer is that of a 4x4 convolution
+        # 128 x 4x4; the scale of the first layer is that of a 4x4 convolution
         c = channels_at(4, width)
         layers = [PixelNorm(), Linear(z_dim, c * 16, gain=2**0.5 / 4), nn.Unflatten(1, (c, 4, 4))]
         layers += [nn.LeakyReLU(0.2), PixelNorm()]
@@ -129,7 +137,7 @@ class Generator(nn.Module):
         self.blocks = nn.ModuleList([nn.Sequential(*layers)])
         self.to_rgb = nn.ModuleList([Conv(c, channels, 1, gain=1.0)])
 
-        # 512 x 8x8, 512 x 16x16, 256 x 32x32
+        # 128 x 8x8, 128 x 16x16, 128 x 32x32
         size = 4
         while size < image_size:
             size *= 2
@@ -153,6 +161,19 @@ class Generator(nn.Module):
         return image
 
 
+def minibatch_deviation(x, group=32):
+    """Features (N, C, S, S) -> (N, 1, S, S): the standard deviation over a group of images,
+    averaged over channels and pixels. It shows D whether images are too alike (Karras et al. 2017,
+    section 3). Groups have `group` images, or the next smaller number that divides N."""
+    n = len(x)
+    while n % group:
+        group -= 1
+    groups = x.reshape(group, n // group, *x.shape[1:])  # image i is in group i mod (n // group)
+    variance = groups.var(0, correction=0)
+    deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))  # (n // group,)
+    return deviation.repeat(group)[:, None, None, None].expand(n, 1, *x.shape[2:])
+
+
 class Discriminator(nn.Module):
     """Images (N, channels, S, S) with S = 4 * 2**stage -> scores (N,).
 
@@ -162,7 +183,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, width, channels, image_size):
         super().__init__()
-        # 512 x 4x4, with one more channel for minibatch_deviation
+        # 128 x 4x4, with one more channel for minibatch_deviation
         c = channels_at(4, width)
         layers = [Conv(c + 1, c, 3), nn.LeakyReLU(0.2)]
         layers += [nn.Flatten(), Linear(c * 16, c), nn.LeakyReLU(0.2), Linear(c, 1, gain=1.0)]
@@ -170,7 +191,7 @@ class Discriminator(nn.Module):
         self.from_rgb = nn.ModuleList([nn.Sequential(Conv(channels, c, 1), nn.LeakyReLU(0.2))])
         self.blocks = nn.ModuleList()
 
-        # 512 x 8x8, 512 x 16x16, 256 x 32x32
+        # 128 x 8x8, 128 x 16x16, 128 x 32x32
         size = 4
         while size < image_size:
             size *= 2
@@ -181,7 +202,7 @@ class Discriminator(nn.Module):
             self.from_rgb.append(nn.Sequential(Conv(channels, c, 1), nn.LeakyReLU(0.2)))
 
     def forward(self, image, stage, fade):
-        # The stage's own block
+        # The newest block, which a fade mixes with the image of half the size
         x = self.from_rgb[stage](image)
         if stage > 0:
             x = self.blocks[stage - 1](x)
@@ -194,19 +215,6 @@ class Discriminator(nn.Module):
             x = self.blocks[k - 1](x)
         x = torch.cat([x, minibatch_deviation(x, group=len(x))], 1)
         return self.last(x).flatten()
-
-
-def minibatch_deviation(x, group=32):
-    """Features (N, C, S, S) -> (N, 1, S, S): the standard deviation over a group of images,
-    averaged over channels and pixels. It shows D whether images are too alike (Karras et al. 2017,
-    section 3). Groups have `group` images, or the next smaller number that divides N."""
-    n = len(x)
-    while n % group:
-        group -= 1
-    groups = x.reshape(group, n // group, *x.shape[1:])  # image i is in group i mod (n // group)
-    variance = groups.var(0, correction=0)
-    deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))  # (n // group,)
-    return deviation.repeat(group)[:, None, None, None].expand(n, 1, *x.shape[2:])
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -225,9 +233,9 @@ def g_loss(d_fake):
 
 def gradient_penalty(D, x_real, x_fake, gamma):
     """E[(||grad D(x_hat)||_2 - gamma)^2] / gamma^2 at x_hat = eps x_real + (1 - eps) x_fake, with
-    one eps ~ U(0, 1) per image: Gulrajani et al. 2017, eq. 3, with the gamma of Karras et al. 2017,
-    appendix A. Inputs (N, ...) may have any shape. D's statistic of the batch adds to the gradient
-    of the sum a part from other images, as in the authors' code."""
+    one eps ~ U(0, 1) per image: Gulrajani et al. 2017, eq. 3, with the target slope gamma of the
+    authors' code. Inputs (N, ...) may have any shape. Through D's statistic of the batch, the slope
+    at an image also depends on the scores of the others, as in the authors' code."""
     one_per_image = [len(x_real)] + [1] * (x_real.ndim - 1)
     eps = torch.rand(one_per_image, device=x_real.device)
     x_hat = (eps * x_real + (1 - eps) * x_fake).detach().requires_grad_()
@@ -239,12 +247,12 @@ def gradient_penalty(D, x_real, x_fake, gamma):
 
 
 def last_stage(image_size):
-    """The stage of the whole networks: 3 for 32 pixels."""
+    """The stage of the whole networks: 3 for 32x32."""
     return int(math.log2(image_size // 4))
 
 
 def stage_and_fade(step, stage_steps, image_size):
-    """The stage at an update (0 for 4 pixels, 1 for 8, ...), and how far it has faded in, from 0 to
+    """The stage at an update (0 for 4x4, 1 for 8x8, ...), and how far it has faded in, from 0 to
     1. Each stage trains for `stage_steps`, and the next one fades in for as many."""
     last = last_stage(image_size)
     if stage_steps == 0:
@@ -319,6 +327,7 @@ def main(argv=None):
 
     def move_average():
         """average = 0.999 average + 0.001 G."""
+        # Its third argument is a number of updates, which it ignores
         move = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
         move(list(average.parameters()), list(G.parameters()), None)
 

@@ -258,6 +258,19 @@ class Generator(nn.Module):
         return image
 
 
+def minibatch_deviation(x, group=32):
+    """Features (N, C, S, S) -> (N, 1, S, S): the standard deviation over a group of images,
+    averaged over channels and pixels. It shows D whether images are too alike (Karras et al. 2017,
+    section 3). Groups have `group` images, or the next smaller number that divides N."""
+    n = len(x)
+    while n % group:
+        group -= 1
+    groups = x.reshape(group, n // group, *x.shape[1:])  # image i is in group i mod (n // group)
+    variance = groups.var(0, correction=0)
+    deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))  # (n // group,)
+    return deviation.repeat(group)[:, None, None, None].expand(n, 1, *x.shape[2:])
+
+
 class Discriminator(nn.Module):
     """Images (N, channels, image_size, image_size) -> scores (N,): the logit of "this is real"."""
 
@@ -286,19 +299,6 @@ class Discriminator(nn.Module):
         x = torch.cat([x, minibatch_deviation(x)], 1)
         x = activate(self.conv(x))
         return self.out(activate(self.dense(x.flatten(1)))).flatten()
-
-
-def minibatch_deviation(x, group=32):
-    """Features (N, C, S, S) -> (N, 1, S, S): the standard deviation over a group of images,
-    averaged over channels and pixels. It shows D whether images are too alike (Karras et al. 2017,
-    section 3). Groups have `group` images, or the next smaller number that divides N."""
-    n = len(x)
-    while n % group:
-        group -= 1
-    groups = x.reshape(group, n // group, *x.shape[1:])  # image i is in group i mod (n // group)
-    variance = groups.var(0, correction=0)
-    deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))  # (n // group,)
-    return deviation.repeat(group)[:, None, None, None].expand(n, 1, *x.shape[2:])
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -343,8 +343,9 @@ def move_average(average, G, seen, batch_size):
     the images `seen` so far, whichever is less. Copies the buffers."""
     half_life = min(500_000, 0.05 * seen)
     beta = 0.5 ** (batch_size / half_life)
+    # Its third argument is a number of updates, which it ignores
     move = torch.optim.swa_utils.get_ema_multi_avg_fn(beta)
-    move(list(average.parameters()), list(G.parameters()), None)  # None: a count it does not use
+    move(list(average.parameters()), list(G.parameters()), None)
     for a, b in zip(average.buffers(), G.buffers(), strict=True):
         a.copy_(b)
 

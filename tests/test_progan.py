@@ -16,9 +16,11 @@ from helpers import (
     train,
 )
 from PIL import Image
+from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 import progan
+import wgan_gp
 
 
 def test_stages():
@@ -92,9 +94,11 @@ def test_networks():
     norms = [sum(isinstance(m, progan.PixelNorm) for m in net.modules()) for net in (G, D)]
     assert norms == [9, 0]
     assert G(z, 3, 1.0).shape == (4, 3, 32, 32) and D(G(z, 3, 1.0), 3, 1.0).shape == (4,)
-    assert 20 * G(z, 3, 1.0).abs().max() > 1
-    channels = [progan.channels_at(size, 512) for size in (4, 8, 16, 32, 64)]
-    assert channels == [512, 512, 512, 256, 128]
+    channels = [progan.channels_at(size, 128) for size in (4, 8, 16, 32, 64)]
+    assert channels == [128, 128, 128, 128, 64]
+    with torch.no_grad():
+        G.to_rgb[3].bias += 5
+    assert G(z, 3, 1.0).max() > 4
 
 
 def test_minibatch_deviation():
@@ -120,20 +124,38 @@ def test_gradient_penalty(gamma):
     assert penalty.item() == pytest.approx((w.norm().item() / gamma - 1) ** 2, rel=1e-4)
 
 
+def test_gradient_penalty_with_gamma_1_is_that_of_wgan_gp():
+    """Of a D that is not linear, with its gradient, from the same random numbers."""
+    D = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.Softplus(), nn.Linear(8, 1))
+    x_real, x_fake = torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4)
+    results = []
+    for penalty, gamma in ((progan.gradient_penalty, [1.0]), (wgan_gp.gradient_penalty, [])):
+        torch.manual_seed(0)
+        value = penalty(lambda x: D(x).flatten(), x_real, x_fake, *gamma)
+        results.append((value, torch.autograd.grad(value, D[1].weight)[0]))
+    assert torch.allclose(results[0][0], results[1][0])
+    assert torch.allclose(results[0][1], results[1][1])
+
+
 def test_d_step(monkeypatch):
     """The loss, the weighted penalty, and the one on scores of real images; real and fake images
     never share a batch, whose statistic would tell them apart."""
     run, sizes = open_script("progan", "--stage-steps", 0), []
-    monkeypatch.setattr(progan, "gradient_penalty", lambda D, x, y, gamma: torch.tensor(gamma))
+    monkeypatch.setattr(
+        progan, "gradient_penalty", lambda D, x, y, gamma: torch.tensor(gamma / 750)
+    )
     run.D.register_forward_hook(lambda m, inputs, out: sizes.append(len(inputs[0])))
     with torch.no_grad():
+        run.D.last[-1].weight *= 50
         run.D.last[-1].bias += 100
-    x_real = torch.rand(4, 3, 16, 16)
+    x_real = torch.rand(4, 3, 16, 16) * torch.tensor([-9.0, 0, 3, 9]).reshape(4, 1, 1, 1)
+    with torch.no_grad():
+        scores = run.D(x_real, 2, 1.0)
     loss_D, d_real, d_fake = run.d_step(x_real, 2, 1.0)
-    expected = d_fake - d_real + 10 * 750 + 0.001 * d_real.square()
-    assert loss_D.item() == pytest.approx(expected.item(), rel=1e-3)
-    assert abs(d_real.item() - 100) < 20
-    assert sizes == [4, 4]
+    expected = d_fake - d_real + 10 + 0.001 * scores.square().mean()
+    assert loss_D.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert abs(d_fake - d_real) > 1 and scores.var(correction=0) > 100
+    assert sizes == [4, 4, 4]
 
 
 def test_adam_starts_anew_with_each_part_of_a_stage():
@@ -172,7 +194,7 @@ def test_the_average_draws_the_images_enlarged():
 def test_the_average():
     """It moves by a thousandth of the way in each step."""
     before = open_script("progan").G.state_dict()
-    train("progan", "run", "--steps", 1)
+    train("progan", "run", "--steps", 1, "--lr", 1)
     saved = checkpoint("run")["state"]
     for name, average in saved["average"].items():
         expected = 0.999 * before[name] + 0.001 * saved["G"][name]
