@@ -495,8 +495,8 @@ def save_grid(args, step, images, columns=8):
 
 
 def generate(args, draw, labels=None):
-    """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`, the same ones
-    for the same `args.seed`. `draw(n)` returns n images (n, C, S, S) in [-1, 1].
+    """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`. `draw(n)`
+    returns n images (n, C, S, S) in [-1, 1].
 
     With `labels`, int64 (`args.generate`,), `draw(n, y)` returns n images of the classes y,
     (n,), and the file names have the class: 000003_class7.png. Exits with an error if the folder
@@ -506,7 +506,9 @@ def generate(args, draw, labels=None):
     if folder.exists():
         fail(f"{folder} exists: move or delete it")
     folder.mkdir()
-    torch.manual_seed(args.seed)
+
+    # There is no torch.manual_seed here: z would be the numbers that the networks were initialised
+    # with, and the images of a z that equals a row of weights are unlike others.
     for first in tqdm(range(0, args.generate, 100), "generating, 100 at a time"):
         n = min(100, args.generate - first)
         if labels is None:

@@ -234,7 +234,7 @@ def generate(name, *flags, run="run"):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_generate(name):
+def test_generate(name, monkeypatch):
     """Numbered images of the checkpoint's G, from its flags, with no dataset; the same for a
     seed."""
     train(name, "run", "--steps", 10, "--lr", 0.01)  # enough to tell one z from another
@@ -242,25 +242,39 @@ def test_generate(name):
     images = generate(name, 103)
     label = "_class{}" if name == "cgan" else ""
     assert list(images) == [f"{i:06d}{label.format(i % 2)}.png" for i in range(103)]
-    again, other = generate(name, 103, "--seed", 0), generate(name, 103, "--seed", 1)
-    assert same_images(images, again)
+    inputs, Generator = [], SCRIPTS[name].Generator
+    forward = Generator.forward
+    monkeypatch.setattr(Generator, "forward", lambda G, *x: inputs.append(x) or forward(G, *x))
+    again = generate(name, 103, "--seed", 0)
+    assert same_images(images, again) and [len(x[0]) for x in inputs] == [100, 3]
+    z = inputs[0]
+    other = generate(name, 103, "--seed", 1)
     assert sum(np.array_equal(other[k], images[k]) for k in images) < 10
 
     run = open_script(
         name, "--resume", "--steps", 11, "--lr", 0.01, run="run", dataset=Path("gone")
     )
-    torch.manual_seed(0)
-    z, y = torch.randn(100, 6), torch.arange(100) % 2
     with torch.no_grad():
-        x = run.G.eval()(z, y) if name == "cgan" else run.G.eval()(z)
+        x = run.G.eval()(*z)
     expected = ((x + 1) * 127.5).permute(0, 2, 3, 1).numpy()
     drawn = np.stack(list(images.values()))
     assert np.abs(drawn[:100] - expected).max() <= 0.51
     assert any(not np.array_equal(drawn[i], drawn[100 + i]) for i in range(3)), "new z each time"
+    assert name != "cgan" or z[1].tolist() == [0, 1] * 50
 
 
 def same_images(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_generated_images_do_not_reuse_the_numbers_of_the_weights():
+    """The first layers of stylegan2 and progan begin as rows of torch.randn(..., z_dim)."""
+    args, drawn = SimpleNamespace(out_dir="run", generate=3, seed=0), []
+    Path("run").mkdir()
+    torch.manual_seed(args.seed)
+    weights = torch.randn(3, 6)
+    common.generate(args, lambda n: drawn.append(torch.randn(n, 6)) or torch.zeros(n, 3, 4, 4))
+    assert not torch.isin(drawn[0], weights).any()
 
 
 def test_generate_one_label():
