@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    changed,
     checkpoint,
     first_image,
     log_rows,
     open_script,
     picture,
     picture_folder,
+    recorded,
     same,
+    snapshot,
     train,
 )
 from PIL import Image
@@ -221,45 +224,34 @@ def test_the_average_counts_images(monkeypatch):
     assert seen == [(4, 4), (8, 4), (12, 4)]
 
 
-def test_the_lazy_penalty(monkeypatch):
-    """Every 16 updates, here every 4, with 4 gamma / 2 times the penalty's gradient; its own step
-    of D."""
+def test_the_penalty_of_r1_step(monkeypatch):
+    """An update of D with the gradient of 16 gamma / 2 times the penalty at real images."""
+    run, gradients = open_script("stylegan2", "--r1", 3), []
+    weights = list(run.D.parameters())
+    g_before, d_before = snapshot(run.G), copy.deepcopy(run.D)
+    run.opt_D.register_step_pre_hook(lambda *_: gradients.extend(w.grad for w in weights))
+    real = recorded(monkeypatch, "sample_batch")
+    run.r1_step()
+    assert not changed(run.G, g_before) and changed(run.D, dict(d_before.named_parameters()))
+    penalty = 16 * 3 / 2 * stylegan2.r1_penalty(d_before, real[0][0])
+    expected = torch.autograd.grad(penalty, list(d_before.parameters()), allow_unused=True)
+    for ours, wanted in zip(gradients, expected, strict=True):
+        assert (ours is None) == (wanted is None)
+        assert ours is None or torch.allclose(ours, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_the_penalty_comes_after_every_16th_update(monkeypatch):
+    """Here after every 4th, with a minibatch of its own. --r1 0 leaves it out."""
     assert stylegan2.R1_EVERY == 16
     monkeypatch.setattr(stylegan2, "R1_EVERY", 4)
-    penalties, r1_penalty = [], stylegan2.r1_penalty
-
-    def watched(D, x):
-        penalties.append((len(steps), r1_penalty(D, x)))
-        return penalties[-1][1]
-
-    steps, step = [], torch.optim.Adam.step
-
-    def counted(self, *args):
-        if len(penalties) == 1 and len(steps) == penalties[0][0]:
-            weights = self.param_groups[0]["params"]
-            gradients.append([w.grad.clone() for w in weights if w.grad is not None])
-            expected.append(
-                torch.autograd.grad(0.5 * 4 * 3 * r1_penalty(*seen[0]), weights, allow_unused=True)
-            )
-        steps.append(self)
-        return step(self, *args)
-
-    gradients, expected, seen = [], [], []
-    monkeypatch.setattr(stylegan2, "r1_penalty", lambda D, x: seen.append((D, x)) or watched(D, x))
-    monkeypatch.setattr(torch.optim.Adam, "step", counted)
-    train("stylegan2", "run", "--steps", 9, "--r1", 3)
-    assert [at for at, _ in penalties] == [8, 17], "after 4 and 8 updates of D and G"
-    assert steps[8] is steps[0] is not steps[1]
-    real = [picture(k).transpose(2, 0, 1) / 127.5 - 1 for k in (0, 1)]
-    real = torch.from_numpy(np.stack(real)).float().flatten(1)
-    assert torch.cdist(seen[0][1].flatten(1), real).min(1).values.max() < 1e-3, "at real images"
-    wanted = [g for g in expected[0] if g is not None]
-    for ours, theirs in zip(gradients[0], wanted, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
-
-    penalties.clear()
-    train("stylegan2", "without", "--steps", 4, "--r1", 0)
-    assert not penalties
+    real, batches, r1_penalty = recorded(monkeypatch, "sample_batch"), [], stylegan2.r1_penalty
+    monkeypatch.setattr(
+        stylegan2, "r1_penalty", lambda D, x: batches.append(len(real)) or r1_penalty(D, x)
+    )
+    train("stylegan2", "run", "--steps", 9)
+    assert batches == [5, 10]
+    train("stylegan2", "without", "--steps", 9, "--r1", 0)
+    assert batches == [5, 10]
 
 
 def test_the_average_draws_the_images():

@@ -11,6 +11,7 @@ from helpers import (
     DEVICES,
     NAMES,
     SCRIPTS,
+    WITHOUT_N_CRITIC,
     changed,
     checkpoint,
     log_rows,
@@ -24,6 +25,19 @@ from helpers import (
 from PIL import Image
 
 import common
+
+ALL = (*NAMES, "ebgan", "began", "progan", "stylegan2")
+
+
+def open_update(name, *flags, n_critic):
+    """An opened script, its update as a function without arguments, and the number of updates of D
+    in it."""
+    if name not in WITHOUT_N_CRITIC:
+        flags = (*flags, "--n-critic", n_critic)
+    run = open_script(name, *flags)
+    if name == "progan":
+        return run, lambda: run.update(2, 0.5), n_critic  # in the fade to 16x16
+    return run, run.update, 1 if name in WITHOUT_N_CRITIC else n_critic
 
 
 def watch_optimisers(run):
@@ -44,40 +58,46 @@ def watch_optimisers(run):
     return events
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_updates_are_isolated_and_in_order(name):
     """n_critic updates of D that leave every parameter of G as it was, bit for bit, then one of
     G that leaves D as it was; each moves the network that is its own."""
-    run = open_script(name, "--n-critic", 3, "--lr", 1e-2)
+    run, update, n = open_update(name, "--lr", 1e-2, n_critic=3)
     events, before = watch_optimisers(run), snapshot(run.D)
-    run.update()
-    assert [which for which, *_ in events] == ["D", "D", "D", "G"]
+    update()
+    assert [which for which, *_ in events] == n * ["D"] + ["G"]
     assert not any(p.requires_grad for p in run.D.parameters()), "G's update needs no gradient of D"
     for which, moved, _ in events:
         assert moved[which] and not moved["G" if which == "D" else "D"]
-    # The last bias cancels in E[D(G(z))] - E[D(x)].
+    # The last bias cancels in E[D(G(z))] - E[D(x)]; at 16x16, progan does not use the layers
+    # between 4x4 and colours.
     constant = {k for k in before if k.endswith("bias") and before[k].numel() == 1}
+    unused = ("from_rgb.0.", "to_rgb.0.") if name == "progan" else ()
+    constant |= {k for k in before if k.startswith(unused)}
     assert changed(run.D, before) >= set(before) - constant, "every parameter of D learns"
     g_before = snapshot(run.G)
     for _ in range(3):
-        run.update()
-    assert changed(run.G, g_before) == set(g_before), "every parameter of G learns"
+        update()
+    learning = {k for k in g_before if not k.startswith(unused)}
+    assert changed(run.G, g_before) == learning, "every parameter of G learns"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_no_gradient_leaks_between_updates(name):
     """The gradient that an optimiser steps on is that of its own loss: zeroed before, not added
     to."""
-    run, largest = open_script(name, "--n-critic", 2), []
+    (run, update, n), largest = open_update(name, n_critic=2), []
     for optimiser in (run.opt_D, run.opt_G):
         params = optimiser.param_groups[0]["params"]
         for p in params:
             p.grad = torch.full_like(p, 1e6)
         optimiser.register_step_pre_hook(
-            lambda *_, params=params: largest.append(max(p.grad.abs().max().item() for p in params))
+            lambda *_, params=params: largest.append(
+                max(p.grad.abs().max().item() for p in params if p.grad is not None)
+            )
         )
-    run.update()
-    assert len(largest) == 3 and max(largest) < 1e4
+    update()
+    assert len(largest) == n + 1 and max(largest) < 1e4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -247,16 +267,20 @@ PUBLISHED = {  # lr, beta1, beta2, n_critic, batch_size, variant flags
     "wgan": (5e-5, 0.0, 0.99, 5, 64, {"clip": 0.01}),
     "wgan_gp": (1e-4, 0.5, 0.9, 5, 64, {"gp_weight": 10}),
     "sngan": (2e-4, 0.5, 0.999, 1, 64, {}),
+    "ebgan": (1e-3, 0.5, 0.999, 1, 64, {"margin": 10, "pt_weight": 0.1}),
+    "began": (1e-4, 0.9, 0.999, 1, 16, {"gamma": 0.5, "lambda_k": 0.001}),
+    "progan": (1e-3, 0.0, 0.99, 1, 16, {"gp_weight": 10, "gamma": 750}),
+    "stylegan2": (2.5e-3, 0.0, 0.99, 1, 64, {"r1": 0.01}),
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_defaults_are_the_papers(name):
     args = SCRIPTS[name].parse_args(["--dataset", "digits"])
     lr, beta1, beta2, n_critic, batch_size, variant = PUBLISHED[name]
     betas = (args.momentum, args.alpha) if name == "wgan" else (args.beta1, args.beta2)
     assert (args.lr, *betas) == (lr, beta1, beta2)
-    assert (args.n_critic, args.batch_size) == (n_critic, batch_size)
+    assert (getattr(args, "n_critic", 1), args.batch_size) == (n_critic, batch_size)
     assert all(getattr(args, flag) == value for flag, value in variant.items())
 
 
