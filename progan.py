@@ -25,9 +25,10 @@ Theano version, github.com/tkarras/progressive_growing_of_gans, commit 18d4116).
 - The first layer of G has a bias for each pixel, not one for each channel.
 
 The stage and the fade change from step to step, which one CUDA graph cannot follow: --cuda-graph is
-refused. With --init, --stage-steps 0 goes on with the whole networks.
+refused. With --init, --stage-steps 0 goes on with the whole networks. In short runs of narrow
+networks, --gamma 1 draws better images than the authors' 750.
 
-    python progan.py --dataset cifar10
+    python progan.py --dataset cifar10 --width 16 --gamma 1 --stage-steps 2000 --steps 44000
 """
 
 import copy
