@@ -24,7 +24,9 @@ from the paper and that code:
 - D and G are updated in turn, on different noise. That code updates them at once, on the same.
 - The paper's skip connections, which are optional, are left out, as in that code.
 
-    python began.py
+On MNIST it draws only ones, whatever we tried (docs/results.md).
+
+    python began.py --width 8 --lr 4e-4 --gamma 0.9 --lambda-k 0.01 --steps 8000
 """
 
 import math

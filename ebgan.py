@@ -1,4 +1,4 @@
-"""EBGAN: D is an autoencoder, and reconstructs an image the worse, the less real it is.
+"""EBGAN: D is an autoencoder that reconstructs real images well, and others badly.
 
 Zhao, Mathieu, LeCun 2016, Energy-based Generative Adversarial Network.
 https://arxiv.org/abs/1609.03126

@@ -12,14 +12,15 @@ channels.
 
 Differs from dcgan.py in: G starts from a learnt constant, its layers have styles and noise, and
 each size adds to the picture of the size before; D blurs before it halves, and compares the images
-of a batch; demodulation takes the place of batch norm in G, and equalised learning rates that of
+of a batch; demodulation takes the place of batch norm in G, and equalised learning rates replace
 the initialisation; D has the R1 penalty; the images are drawn by an average of G.
 
 This is the configuration in which the authors train CIFAR-10 (`cifar` in train.py of
 github.com/NVlabs/stylegan2-ada-pytorch): without the paper's path length regularisation, style
 mixing and residual connections. Deviations from it:
 - No augmentation, no mixed precision, and none of the clamping that the latter needs.
-- D is updated before G. The penalty has a minibatch of its own, and comes after 16 updates first.
+- D is updated before G. The penalty has a minibatch of its own, and is added for the first time
+  after 16 updates.
 - Images are drawn with constant noise.
 - The mean of w for --truncation is computed when it is needed, from 10,000 z.
 
