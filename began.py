@@ -24,7 +24,7 @@ from the paper and that code:
 - D and G are updated in turn, on different noise. That code updates them at once, on the same.
 - The paper's skip connections, which are optional, are left out, as in that code.
 
-On MNIST it draws only ones, whatever we tried (docs/results.md).
+On MNIST, this command draws only ones, and no other setting that we tried works (docs/results.md):
 
     python began.py --width 8 --lr 4e-4 --gamma 0.9 --lambda-k 0.01 --steps 8000
 """
@@ -66,8 +66,8 @@ def parse_args(argv=None):
 
 
 class Generator(nn.Module):
-    """z (N, z_dim), uniform in [-1, 1) -> images (N, channels, image_size, image_size). Nothing
-    keeps them in [-1, 1] but that D knows such images best."""
+    """z (N, z_dim), uniform in [-1, 1) -> images (N, channels, image_size, image_size). G learns to
+    keep them in [-1, 1], where the real ones are: there is no tanh."""
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()

@@ -25,8 +25,9 @@ Theano version, github.com/tkarras/progressive_growing_of_gans, commit 18d4116).
 - The first layer of G has a bias for each pixel, not one for each channel.
 
 The stage and the fade change from step to step, which one CUDA graph cannot follow: --cuda-graph is
-refused. With --init, --stage-steps 0 goes on with the whole networks. In short runs of narrow
-networks, --gamma 1 draws better images than the authors' 750.
+refused. With --init, --stage-steps 0 goes on with the whole networks.
+
+In our short runs with a width of 16, --gamma 1 was better than the authors' 750 (docs/results.md):
 
     python progan.py --dataset cifar10 --width 16 --gamma 1 --stage-steps 2000 --steps 44000
 """
@@ -66,8 +67,8 @@ def parse_args(argv=None):
         "--stage-steps",
         type=common.non_negative_int,
         default=2500,
-        help="updates of each fade, and of the training after it, so that 6 times as many lead to"
-        " 32x32; 0: all layers from the start",
+        help="updates of each fade, and of the training after it; 32x32 has faded in after 6 times"
+        " as many; 0: all layers from the start",
     )
     args = common.parse_args(p, argv)
     if args.cuda_graph:
@@ -328,7 +329,7 @@ def main(argv=None):
 
     def move_average():
         """average = 0.999 average + 0.001 G."""
-        # Its third argument is a number of updates, which it ignores
+        # The third argument of `move` is a number of updates, which it ignores
         move = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
         move(list(average.parameters()), list(G.parameters()), None)
 

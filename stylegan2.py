@@ -24,7 +24,8 @@ mixing and residual connections. Deviations from it:
 - Images are drawn with constant noise.
 - The mean of w for --truncation is computed when it is needed, from 10,000 z.
 
-The default of --r1 is theirs for CIFAR-10. Narrow networks on MNIST collapse with it, and need 10.
+The default of --r1 is theirs for CIFAR-10. On MNIST with a width of 4, G collapses with it, and
+does well with 10 (docs/results.md).
 
     python stylegan2.py --dataset cifar10 --width 8 --batch-size 16 --steps 106000
 """
@@ -346,7 +347,7 @@ def move_average(average, G, seen, batch_size):
     the images `seen` so far, whichever is less. Copies the buffers."""
     half_life = min(500_000, 0.05 * seen)
     beta = 0.5 ** (batch_size / half_life)
-    # Its third argument is a number of updates, which it ignores
+    # The third argument of `move` is a number of updates, which it ignores
     move = torch.optim.swa_utils.get_ema_multi_avg_fn(beta)
     move(list(average.parameters()), list(G.parameters()), None)
     for a, b in zip(average.buffers(), G.buffers(), strict=True):
