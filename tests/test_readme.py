@@ -16,7 +16,6 @@ def test_python_snippets(monkeypatch):
     """Each block runs by itself, on runs of the names that they have there."""
     monkeypatch.syspath_prepend(ROOT)
     flags = ["--steps", 2, "--save-every", 1, "--log-every", 1]
-    train("dcgan", "runs/dcgan-digits", *flags)
     train("cgan", "runs/cgan-digits", *flags)
     train("tricks", "runs/tricks-digits", *flags, "--ema", 0.9)
     train("stylegan2", "runs/stylegan2-digits", *flags)
