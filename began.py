@@ -24,9 +24,10 @@ from the paper and that code:
 - D and G are updated in turn, on different noise. That code updates them at once, on the same.
 - The paper's skip connections, which are optional, are left out, as in that code.
 
-On MNIST, this command draws only ones, and no other setting that we tried works (docs/results.md):
+On MNIST, this command draws little but ones, and no other setting that we tried works
+(docs/results.md):
 
-    python began.py --width 8 --lr 4e-4 --gamma 0.9 --lambda-k 0.01 --steps 8000
+    python began.py --width 8 --lr 4e-4 --gamma 0.9 --lambda-k 0.01 --steps 14000
 """
 
 import math

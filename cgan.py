@@ -15,7 +15,7 @@ Deviations from the paper:
 - Adam; the paper has SGD with momentum and a decaying rate, in batches of 100.
 - z is N(0, I), not uniform.
 
-    python cgan.py --width 16 --lr 1e-3 --batch-size 64 --steps 12000
+    python cgan.py --width 16 --lr 1e-3 --batch-size 64 --steps 17000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

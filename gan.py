@@ -17,7 +17,7 @@ The paper leaves sizes open. Layers, maxout and dropout follow the authors' mnis
 - Images have 32 pixels: MNIST's are padded.
 - D and G are updated in turn, as in Algorithm 1, not at once on the same fakes.
 
-    python gan.py --width 800 --steps 14000
+    python gan.py --width 800 --steps 19000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

@@ -12,7 +12,7 @@ Deviations from the paper:
 - The rate is that of the authors' train_chn.py (github.com/xudonmao/LSGAN). Their train_lsun.py has
   1e-3, both have a uniform z of 1024 dimensions, and D and G are updated on the same z.
 
-    python lsgan.py --width 16 --lr 1e-3 --batch-size 128 --steps 7000
+    python lsgan.py --width 16 --lr 1e-3 --batch-size 128 --steps 9000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

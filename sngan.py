@@ -23,7 +23,7 @@ Deviations from the paper:
 - Spectral norm bounds D's slope up to a factor: it is that of the weight as a matrix, not of the
   convolution.
 
-    python sngan.py --width 16 --lr 1e-3 --beta1 0 --beta2 0.9 --steps 2900
+    python sngan.py --width 16 --lr 1e-3 --beta1 0 --beta2 0.9 --steps 4800
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

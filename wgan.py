@@ -16,7 +16,7 @@ differs from it:
 
 Deviation from both: 32 pixels by default, not 64.
 
-    python wgan.py --width 16 --lr 5e-4 --clip 0.03 --n-critic 1 --steps 14000
+    python wgan.py --width 16 --lr 5e-4 --clip 0.03 --n-critic 1 --steps 20000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

@@ -16,7 +16,7 @@ Deviations from the paper:
   128 dimensions, and batch norm per unit after G's dense layer.
 - Not the paper's ResNet.
 
-    python wgan_gp.py --width 16 --lr 1e-3 --batch-size 32 --n-critic 2 --beta1 0 --steps 10000
+    python wgan_gp.py --width 16 --lr 1e-3 --batch-size 32 --n-critic 2 --beta1 0 --steps 15000
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
