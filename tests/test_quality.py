@@ -116,7 +116,8 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
         "copies are found out"
     )
     with pytest.raises(SystemExit, match="holds 0 images, which is too few"):
-        scored(tmp_path, data_dir, capsys)
+        scored(tmp_path, tmp_path / "cache", capsys)
+    assert not (tmp_path / "cache").exists(), "no classifier is trained for a wrong folder"
     Image.new("L", (64, 64)).save(tmp_path / "good" / "walk.png")
     with pytest.raises(SystemExit, match="images of several sizes"):
         scored(tmp_path / "good", data_dir, capsys)

@@ -110,11 +110,13 @@ def trained_classifier(dataset, data_dir, cache_dir, device, steps):
     images, labels = real_images(dataset, data_dir, "train")
     digest = hashlib.sha256(images.numpy()).hexdigest()[:8]
     path = Path(cache_dir, f"{dataset}-{steps}-{digest}.pt")
+
     torch.manual_seed(0)
     net = Classifier(images.shape[1]).to(device)
     if path.exists():
         net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return net.eval()
+
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
     args = SimpleNamespace(batch_size=128, device=device)
@@ -126,6 +128,7 @@ def trained_classifier(dataset, data_dir, cache_dir, device, steps):
         loss.backward()
         optimiser.step()
         schedule.step()
+
     with common.atomic_write(path) as f:
         torch.save(net.state_dict(), f)
     return net.eval()
@@ -169,9 +172,11 @@ def read_folder(folder):
     files = sorted(Path(folder).glob("*.png"))
     if len(files) < 6:
         common.fail(f"{folder} holds {len(files)} images, which is too few: use --generate")
+
     images = [np.asarray(Image.open(f)) for f in files]
     if len({image.shape for image in images}) > 1:
         common.fail(f"{folder} holds images of several sizes: name a folder made by --generate")
+
     images = np.stack(images)
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     classes = [re.search(r"_class(\d+)", f.name) for f in files]
@@ -195,23 +200,29 @@ def main(argv=None):
         help="write 10 images and their nearest training images here",
     )
     args = p.parse_args(argv)
-    net = trained_classifier(
-        args.dataset, args.data_dir, args.cache_dir, args.device, args.classifier_steps
-    )
+
+    # The images come first, so that a wrong folder is reported before the classifier is trained.
     fake, labels = read_folder(args.folder)
     train, _ = real_images(args.dataset, args.data_dir, "train")
     test, test_labels = real_images(args.dataset, args.data_dir, "test")
     if fake.shape[1:] != train.shape[1:]:
         ours, theirs = tuple(fake.shape[1:]), tuple(train.shape[1:])
         common.fail(f"{args.folder} has images of {ours}, and {args.dataset} of {theirs}")
+
     if args.neighbours:
         nearest = torch.cdist(fake[:10].flatten(1).float(), train.flatten(1).float()).argmin(1)
         save_image(torch.cat([fake[:10], train[nearest]]) / 255, args.neighbours, nrow=10)
+
+    net = trained_classifier(
+        args.dataset, args.data_dir, args.cache_dir, args.device, args.classifier_steps
+    )
+
     # Fixed random orders: files may be sorted by class, or by difficulty as MNIST's test images.
     rng = torch.Generator().manual_seed(0)
     train = train[torch.randperm(len(train), generator=rng)[: len(test)]]
     order = torch.randperm(len(test), generator=rng)
     test, test_labels = test[order], test_labels[order]
+
     result = score(net, train, fake, labels)
     floor = score(net, train[: len(fake)], test[: len(fake)], test_labels[: len(fake)])
     print(json.dumps({"folder": str(args.folder), **result, "floor": floor}, indent=1))
