@@ -15,6 +15,8 @@ Deviations from the paper:
 - Adam; the paper has SGD with momentum and a decaying rate, in batches of 100.
 - z is N(0, I), not uniform.
 
+The run on MNIST in docs/results.md:
+
     python cgan.py --width 16 --lr 1e-3 --batch-size 64 --steps 17000
 """
 

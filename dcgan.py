@@ -19,6 +19,8 @@ Deviations from the paper:
   biases in D's first and both last layers. It updates D and G on alternating batches, and draws
   samples with the statistics of their batch.
 
+The run on MNIST in docs/results.md:
+
     python dcgan.py --width 16 --lr 1e-3 --batch-size 64 --steps 20000
 """
 

@@ -21,6 +21,8 @@ Deviations from the paper:
 - Pixels are in [-1, 1], and the paper's in [0, 1]: distances are twice as large. The margin is
   nevertheless the paper's 10 of MNIST, because 20 was worse (docs/results.md).
 
+The run on MNIST in docs/results.md:
+
     python ebgan.py --width 16 --steps 12000
 """
 

@@ -5,7 +5,7 @@ Goodfellow et al. 2014, Generative Adversarial Networks. https://arxiv.org/abs/1
     D:  min  -E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(G(z))))]
     G:  min  -E[log sigmoid(D(G(z)))]    (--saturating: E[log(1 - sigmoid(D(G(z))))])
 
-The first of the seven; read dcgan.py beside it.
+Read dcgan.py beside it, which has the same losses and other networks.
 
 The paper leaves sizes open. Layers, maxout and dropout follow the authors' mnist.yaml
 (github.com/goodfeli/adversarial). Deviations from it:
@@ -16,6 +16,8 @@ The paper leaves sizes open. Layers, maxout and dropout follow the authors' mnis
 - Weights start as N(0, 0.02), not uniform, and G's output biases as 0, not from the pixels' means.
 - Images have 32 pixels: MNIST's are padded.
 - D and G are updated in turn, as in Algorithm 1, not at once on the same fakes.
+
+The run on MNIST in docs/results.md:
 
     python gan.py --width 800 --steps 19000
 """

@@ -10,7 +10,9 @@ Differs from dcgan.py in: the two losses, --a --b --c, and the batch size.
 Deviations from the paper:
 - dcgan.py's networks at 32 pixels; the paper has 112 pixels and a deeper G.
 - The rate is that of the authors' train_chn.py (github.com/xudonmao/LSGAN). Their train_lsun.py has
-  1e-3, both have a uniform z of 1024 dimensions, and D and G are updated on the same z.
+  1e-3. Both draw a uniform z of 1024 dimensions, and update D and G on the same z.
+
+The run on MNIST in docs/results.md:
 
     python lsgan.py --width 16 --lr 1e-3 --batch-size 128 --steps 9000
 """

@@ -14,14 +14,17 @@ D's widths are those of Table 3; the lab's chainer-gan-lib (github.com/pfnet-res
 one layer earlier. The optimiser is setting C of Table 1. The paper's main loss is cross entropy
 (eq. 15); the hinge loss, eqs. 16 and 17, gave its standard CNN the better FID (Table 2).
 
+z is N(0, I), and LReLU's slope 0.1, as in the paper; that code has a uniform z and Chainer's 0.2.
+
 Deviations from the paper:
 - Batch norm and ReLU after G's dense layer too, as in that code, but per channel.
-- z is N(0, I), and LReLU's slope 0.1, as in the paper; that code has a uniform z and Chainer's 0.2.
 - One power iteration in each forward pass of D, as in that code; Algorithm 1 has one per update.
 - The authors' sngan_projection (github.com/pfnet-research) also has, for CIFAR-10, a rate that
   falls linearly to 0, twice D's batch for G, and dequantised pixels.
 - Spectral norm bounds D's slope up to a factor: it is that of the weight as a matrix, not of the
   convolution.
+
+The run on MNIST in docs/results.md:
 
     python sngan.py --width 16 --lr 1e-3 --beta1 0 --beta2 0.9 --steps 4800
 """

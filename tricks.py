@@ -17,7 +17,9 @@ it back. With --decay, a --resume cannot change --steps. Under torchrun, the poo
 comparisons of --minibatch-kernels and the means of --feature-matching are each process's own, and
 a --resume gives the pool of rank 0 to all.
 
-    python tricks.py --width 16 --lr 1e-3 --steps 5000 --ema 0.99
+A run on MNIST in docs/tricks.md:
+
+    python tricks.py --width 16 --lr 1e-3 --batch-size 64 --steps 14000 --ema 0.999
 """
 
 import copy

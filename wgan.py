@@ -16,6 +16,8 @@ differs from it:
 
 Deviation from both: 32 pixels by default, not 64.
 
+The run on MNIST in docs/results.md:
+
     python wgan.py --width 16 --lr 5e-4 --clip 0.03 --n-critic 1 --steps 20000
 """
 

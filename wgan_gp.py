@@ -14,7 +14,9 @@ Deviations from the paper:
   not (0, 0.9) as in Algorithm 1.
 - gan_cifar.py has 5x5 kernels of variance 4 / (fan_in + fan_out), width 128 (it suggests 64), z of
   128 dimensions, and batch norm per unit after G's dense layer.
-- Not the paper's ResNet.
+- The networks are convolutional; the paper's best ones on CIFAR-10 are ResNets.
+
+The run on MNIST in docs/results.md:
 
     python wgan_gp.py --width 16 --lr 1e-3 --batch-size 32 --n-critic 2 --beta1 0 --steps 15000
 """
