@@ -86,7 +86,7 @@ def parse_args(argv=None):
         nargs="+",
         choices=["color", "translation", "cutout"],
         default=[],
-        help="augment all that D sees; the authors: color cutout, for few images all three",
+        help="augment all that D sees; the authors' StyleGAN2: color cutout, or all for few images",
     )
     p.add_argument(
         "--decay", action="store_true", help="let both rates fall linearly to 0 at --steps"
@@ -243,10 +243,17 @@ def feature_distance(D, x_real, x_fake):
     return distance
 
 
+@torch.no_grad()
+def fill(pool, G, args):
+    """Fills a pool (M, C, S, S) with images of G, a batch at a time."""
+    for part in pool.split(args.batch_size):
+        part.copy_(G(torch.randn(len(part), args.z_dim, device=args.device)))
+
+
 def replayed(pool, x_fake):
-    """Old fakes, random ones of `pool` (M, C, S, S), in place of half of the fakes (N, C, S, S), or
-    of fewer if the pool is smaller; and the other fakes. Those replaced overwrite random entries of
-    the pool: Shrivastava et al. 2016, section 2.3."""
+    """Two batches for D: n random images of `pool` (M, C, S, S), and the fakes `x_fake[n:]`, where
+    `x_fake` is (N, C, S, S) and n is N // 2, or M if that is less. The other fakes, `x_fake[:n]`,
+    overwrite random images of the pool: Shrivastava et al. 2016, section 2.3."""
     n = min(len(x_fake) // 2, len(pool))
     drawn = torch.rand(len(pool), device=pool.device).argsort()[:n]
     renewed = torch.rand(len(pool), device=pool.device).argsort()[:n]
@@ -337,8 +344,8 @@ def main(argv=None):
     # What the tricks keep: the strength of the noise on images, earlier fakes, and G's average.
     fade = torch.ones((), device=args.device)
     if args.replay:
-        with torch.no_grad():
-            pool = G(torch.randn(args.replay, args.z_dim, device=args.device))
+        shape = (args.replay, data.channels, args.image_size, args.image_size)
+        pool = torch.empty(shape, device=args.device)
     if args.ema:
         average = copy.deepcopy(G)
 
@@ -414,6 +421,8 @@ def main(argv=None):
     if first == 0:
         if args.ema:
             average.load_state_dict(G.state_dict())  # --init may have replaced G
+        if args.replay:
+            fill(pool, G, args)
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.

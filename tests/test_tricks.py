@@ -157,7 +157,9 @@ def test_the_pool():
 def test_half_of_Ds_fakes_come_from_the_pool(monkeypatch):
     """In a batch of their own, whose statistics are not mixed with those of the other half."""
     seen, made = seen_by_D(monkeypatch, "--replay", 40, "--steps", 1)
-    pool, for_D, for_G = made
+    *pool, for_D, for_G = made
+    pool = torch.cat(pool)
+    assert len(pool) == 40
     earlier, latest, for_G_step = seen[1:]
     assert torch.equal(latest, for_D[16:]) and torch.equal(for_G_step, for_G)
     assert len(earlier) == 16
@@ -296,6 +298,19 @@ def test_the_average_begins_as_the_G_of_init():
         train("tricks", run, "--steps", 1, "--init", "first/checkpoint.pt", *flags)
     grids = [Path(run, "samples", "000000.png").read_bytes() for run in ("without", "with")]
     assert grids[0] == grids[1]
+
+
+def test_the_pool_begins_with_images_of_the_G_of_init(monkeypatch):
+    """Of a G whose images are all grey, because its weights are 0."""
+    train("tricks", "first", "--steps", 1)
+    saved = checkpoint("first")
+    for weight in saved["state"]["G"].values():
+        weight.zero_()
+    torch.save(saved, "grey.pt")
+    monkeypatch.setattr(common, "cuda_graph", lambda args, data, update: lambda: {})
+    monkeypatch.setattr(common, "log", lambda *_: {})
+    train("tricks", "run", "--steps", 1, "--init", "grey.pt", "--replay", 9)
+    assert checkpoint("run")["state"]["pool"].abs().max() == 0
 
 
 def test_the_rates_fall_linearly(monkeypatch, capsys):
