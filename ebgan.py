@@ -63,7 +63,7 @@ def parse_args(argv=None):
     )
     args = common.parse_args(p, argv)
     if args.batch_size < 2:
-        p.error("--batch-size must be at least 2, as the pulling-away term compares images")
+        p.error("--batch-size must be at least 2 per process: pulling-away compares images")
     return args
 
 

@@ -65,7 +65,10 @@ def parse_args(argv=None):
         default=1.0,
         help="weight of D's loss of unlabelled images and fakes; 0 learns from the labels alone",
     )
-    return common.parse_args(p, argv)
+    args = common.parse_args(p, argv)
+    if args.batch_size < 2:
+        p.error("--batch-size must be at least 2 per process: G's batch norm compares images")
+    return args
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -277,7 +280,8 @@ def main(argv=None):
     fixed_z = torch.rand(64, args.z_dim, device=args.device)
 
     def labelled_batch():
-        """All labelled images, again and again, each time in another order, up to a batch."""
+        """All labelled images in random order: repeated in other orders if the batch is larger, cut
+        off if it is smaller."""
         repeats = math.ceil(args.batch_size / args.labels)
         order = torch.rand(repeats, args.labels, device=args.device).argsort(1)
         index = order.flatten()[: args.batch_size]

@@ -105,12 +105,6 @@ def test_layers_of_began():
     assert [i for i in convs if layers[i].stride == (2, 2)] == [convs[3], convs[6]]
 
 
-def test_ebgan_compares_at_least_two_images(capsys):
-    with pytest.raises(SystemExit):
-        ebgan.parse_args(["--batch-size", "1"])
-    assert "--batch-size must be at least 2" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["ebgan", "began"])
 def test_the_gradient_of_the_energy_goes_through_image_and_reconstruction(name):
     D = discriminator(name).double().eval()

@@ -72,6 +72,8 @@ OWN_FLAGS = {
     "wgan_gp": ("--gp-weight -1",),
     "lsgan": ("--a nan",),
     "cgan": ("--label 1", "--label -1"),
+    "ebgan": ("--batch-size 1",),
+    "ssgan": ("--batch-size 1",),
     "tricks": (
         "--smooth 1",
         "--noise -1",
