@@ -1,5 +1,5 @@
-"""What the scripts share: loading data, and writing the pictures and files of a run. Nothing in
-here is specific to GANs.
+"""What the scripts share: loading data, and writing the pictures and files of a run. No network and
+no loss is in here.
 
 Errors that a user can fix end the program with one line on stderr: argparse's, with exit code
 2, for a wrong flag, and "error: ..." with exit code 1 for anything else.
@@ -42,7 +42,8 @@ DATASET_HELP = "mnist, fashion-mnist, cifar10, digits (needs no download), or a 
 # Flags of one start of a script. All others belong to the run and are kept in its checkpoint.
 START_FLAGS = {"out_dir", "resume", "init", "generate", "device", "tensorboard", "cuda_graph"}
 
-# Flags of the run that may change when it is resumed. All others decide what it computes.
+# Flags of the run that may change when it is resumed. The dataset may have moved, and check_data
+# compares what it holds. All others decide what the run computes.
 MAY_CHANGE = {"dataset", "data_dir", "steps", "log_every", "save_every"}
 
 
@@ -179,7 +180,7 @@ def parse_args(p, argv, generate_only=()):
         "--init",
         type=any_path,
         metavar="CHECKPOINT",
-        help="start a new run with the networks of another one's checkpoint.pt",
+        help="start a new run with G and D of another one's checkpoint.pt",
     )
     start.add_argument("--generate", type=positive_int, metavar="N", help="draw N images and stop")
 
@@ -507,8 +508,8 @@ def generate(args, draw, labels=None):
         fail(f"{folder} exists: move or delete it")
     folder.mkdir()
 
-    # There is no torch.manual_seed here: z would be the numbers that the networks were initialised
-    # with, and the images of a z that equals a row of weights are unlike others.
+    # Do not seed here. The networks were initialised with the first numbers of the same seed, so z
+    # would repeat their weights, and the images of such a z are unlike others.
     for first in tqdm(range(0, args.generate, 100), "generating, 100 at a time"):
         n = min(100, args.generate - first)
         if labels is None:

@@ -244,8 +244,9 @@ class Generator(nn.Module):
         return self.synthesise(self.mapping(z))
 
     def synthesise(self, w):
-        """Images of w (N, z_dim); or of a w for each layer and one more for the last picture,
-        (N, len(self.layers) + 1, z_dim). The picture of a size has the w of the layer after it."""
+        """Images of w (N, z_dim), or of one w for each layer and one more for the last picture: (N,
+        len(self.layers) + 1, z_dim). Every other picture shares its w with the first layer of the
+        next size."""
         if w.ndim == 2:
             w = w[:, None].expand(-1, len(self.layers) + 1, -1)
 
@@ -411,7 +412,7 @@ def main(argv=None):
         opt_D.zero_grad()
         (R1_EVERY * args.r1 / 2 * penalty).backward()
         opt_D.step()
-        return {"r1": penalty}
+        return {"r1": penalty}  # common.cuda_graph takes a dict; it is not logged
 
     @torch.no_grad()
     def sample(z):

@@ -169,10 +169,12 @@ def main():
     )
     for size, name in itertools.product(args.sizes, args.scripts or NAMES):
         with tempfile.TemporaryDirectory() as out:
-            argv = f"--dataset {args.dataset} --data-dir {args.data_dir} --device {args.device}"
-            argv += f" --out-dir {out}/run --image-size {size} --steps {10**9} --save-every {10**8}"
-            argv += " --log-every 5"
-            argv = argv.split() + ["--cuda-graph"] * args.cuda_graph
+            argv = ["--dataset", args.dataset, "--data-dir", args.data_dir]
+            argv += ["--out-dir", str(Path(out, "run")), "--device", args.device]
+            argv += ["--image-size", str(size), "--steps", str(10**9)]
+            argv += ["--log-every", "5", "--save-every", str(10**8)]
+            if args.cuda_graph:
+                argv += ["--cuda-graph"]
             seconds, images = measure(name, argv, args.rounds, args.seconds)
         ours, usual, updates = (seconds[way] for way in ("ours", "usual", "updates"))
         print(
