@@ -12,10 +12,10 @@ wgan.py, wgan_gp.py, sngan.py), so that the loss is what differs. In --out-dir t
     table.csv       how many modes G has found, and how well it hits them
 
 The data are those of gan_toy.py (github.com/igul222/improved_wgan_training), before it divides them
-by 1.414: radius 2, standard deviation 0.02, after Metz et al. 2016, https://arxiv.org/abs/1611.02163.
-The networks have its three hidden layers, but 128 units in each, not 512, and PyTorch's
-initialisation, not He's. Modes are counted as in PacGAN, Lin et al. 2018,
-https://arxiv.org/abs/1712.04086.
+by 1.414: radius 2, standard deviation 0.02, after Metz et al. 2016
+(https://arxiv.org/abs/1611.02163). The networks have its three hidden layers, but 128 units in
+each, not 512, and PyTorch's initialisation, not He's. Modes are counted as in PacGAN, Lin et
+al. 2018 (https://arxiv.org/abs/1712.04086).
 
 Adam's betas are (0.5, 0.9), as in gan_toy.py. What a loss has of its own:
 - wgan: clipped weights, RMSprop, and five updates of D for one of G, as in its paper; but a clip of

@@ -21,8 +21,8 @@ Theano version, github.com/tkarras/progressive_growing_of_gans, commit 18d4116).
 - --stage-steps is 2,500, so that the default 20,000 steps reach 32x32. Theirs are 25,000, in a run
   of 1,250,000.
 - G and D are updated in turn, on different fakes. Theirs are updated at once, on the same.
-- The slope is that at the size of the stage. Theirs is that at the final size, where the image of a
-  stage has every pixel repeated: at 4x4 on the way to 32x32, an eighth as large.
+- The penalty takes D's slope at images of the stage's size. Theirs takes it at images of the final
+  size with repeated pixels, where it is smaller: at 4x4 on the way to 32x32, an eighth.
 - The scale of a weight follows from its fan-in; theirs is measured on the initial weights.
 - The first layer of G has a bias for each pixel, not one for each channel.
 
