@@ -41,6 +41,7 @@ from tqdm import tqdm
 import common
 import gan
 import lsgan
+import runs
 import sngan
 import wgan
 import wgan_gp
@@ -77,12 +78,12 @@ def parse_args(argv=None):
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--only", choices=LOSSES, help="train with this loss alone")
-    p.add_argument("--modes", type=common.positive_int, default=8, help="Gaussians on the circle")
-    p.add_argument("--batch-size", type=common.positive_int, default=256, help="points per update")
-    p.add_argument("--width", type=common.positive_int, default=128, help="units of a hidden layer")
-    p.add_argument("--lr", type=common.positive_float, default=1e-3, help="learning rate")
-    p.add_argument("--steps", type=common.positive_int, default=3000, help="updates of G")
-    p.add_argument("--seed", type=common.non_negative_int, default=0, help="of all random numbers")
+    p.add_argument("--modes", type=runs.positive_int, default=8, help="Gaussians on the circle")
+    p.add_argument("--batch-size", type=runs.positive_int, default=256, help="points per update")
+    p.add_argument("--width", type=runs.positive_int, default=128, help="units of a hidden layer")
+    p.add_argument("--lr", type=runs.positive_float, default=1e-3, help="learning rate")
+    p.add_argument("--steps", type=runs.positive_int, default=3000, help="updates of G")
+    p.add_argument("--seed", type=runs.non_negative_int, default=0, help="of all random numbers")
     p.add_argument("--out-dir", type=Path, default="runs/eight_gaussians", help="for the results")
     args = p.parse_args(argv)
     if (args.out_dir / "table.csv").exists():

@@ -43,6 +43,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import runs
 
 
 def parse_args(argv=None):
@@ -51,28 +52,28 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0],
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--batch-size", type=common.positive_int, default=16, help="images per update")
-    p.add_argument("--z-dim", type=common.positive_int, default=128, help="dimensions of z")
-    p.add_argument("--width", type=common.positive_int, default=128, help="channels up to 32x32")
-    p.add_argument("--lr", type=common.positive_float, default=1e-3, help="learning rate")
-    p.add_argument("--beta1", type=common.fraction, default=0.0, help="Adam's beta1")
-    p.add_argument("--beta2", type=common.fraction, default=0.99, help="Adam's beta2")
-    p.add_argument("--n-critic", type=common.positive_int, default=1, help="D updates per G update")
+    p.add_argument("--batch-size", type=runs.positive_int, default=16, help="images per update")
+    p.add_argument("--z-dim", type=runs.positive_int, default=128, help="dimensions of z")
+    p.add_argument("--width", type=runs.positive_int, default=128, help="channels up to 32x32")
+    p.add_argument("--lr", type=runs.positive_float, default=1e-3, help="learning rate")
+    p.add_argument("--beta1", type=runs.fraction, default=0.0, help="Adam's beta1")
+    p.add_argument("--beta2", type=runs.fraction, default=0.99, help="Adam's beta2")
+    p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
     p.add_argument(
-        "--gp-weight", type=common.non_negative_float, default=10.0, help="weight of the penalty"
+        "--gp-weight", type=runs.non_negative_float, default=10.0, help="weight of the penalty"
     )
     p.add_argument(
-        "--gamma", type=common.positive_float, default=750.0, help="slope that the penalty asks for"
+        "--gamma", type=runs.positive_float, default=750.0, help="slope that the penalty asks for"
     )
     p.add_argument(
         "--stage-steps",
-        type=common.non_negative_int,
+        type=runs.non_negative_int,
         default=2500,
         help="updates of each fade, and of the training after it; 32x32 has faded in after 6 times"
         " as many; 0: all layers from the start",
     )
-    args = common.parse_args(p, argv)
+    args = runs.parse_args(p, argv)
     if args.cuda_graph:
         p.error("--cuda-graph cannot be used here, as the networks grow: leave it out")
     return args
@@ -348,7 +349,7 @@ def main(argv=None):
     # A new run begins at step 0, a resumed one at that of its checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     state["average"] = average
-    first = common.start_run(args, data, state)
+    first = runs.start_run(args, data, state)
     if args.generate:
         return common.generate(args, draw)
     if first == 0:
@@ -372,10 +373,10 @@ def main(argv=None):
 
         # A loss that is not finite stops the run here, before anything is saved.
         if save_due or step % args.log_every == 0:
-            progress.set_postfix(common.log(args, step, values), refresh=False)
+            progress.set_postfix(runs.log(args, step, values), refresh=False)
         if save_due:
             common.save_grid(args, step, sample(fixed_z, step))
-            common.save_checkpoint(args, data, step, state)
+            runs.save_checkpoint(args, data, step, state)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import runs
 
 
 def parse_args(argv=None):
@@ -44,15 +45,15 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0],
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--batch-size", type=common.positive_int, default=64, help="images per update")
-    p.add_argument("--z-dim", type=common.positive_int, default=128, help="dimensions of z")
-    p.add_argument("--width", type=common.positive_int, default=64, help="channels near the image")
-    p.add_argument("--lr", type=common.positive_float, default=2e-4, help="learning rate")
-    p.add_argument("--beta1", type=common.fraction, default=0.5, help="Adam's beta1")
-    p.add_argument("--beta2", type=common.fraction, default=0.999, help="Adam's beta2")
-    p.add_argument("--n-critic", type=common.positive_int, default=1, help="D updates per G update")
+    p.add_argument("--batch-size", type=runs.positive_int, default=64, help="images per update")
+    p.add_argument("--z-dim", type=runs.positive_int, default=128, help="dimensions of z")
+    p.add_argument("--width", type=runs.positive_int, default=64, help="channels near the image")
+    p.add_argument("--lr", type=runs.positive_float, default=2e-4, help="learning rate")
+    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    return common.parse_args(p, argv)
+    return runs.parse_args(p, argv)
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -206,14 +207,14 @@ def main(argv=None):
 
     # A new run begins at step 0, a resumed one at that of its checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
-    first = common.start_run(args, data, state)
+    first = runs.start_run(args, data, state)
     if args.generate:
         return common.generate(args, draw)
     if first == 0:
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.
-    update = common.cuda_graph(args, data, update)
+    update = runs.cuda_graph(args, data, update)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:
         values = update()
@@ -221,10 +222,10 @@ def main(argv=None):
 
         # A loss that is not finite stops the run here, before anything is saved.
         if save_due or step % args.log_every == 0:
-            progress.set_postfix(common.log(args, step, values), refresh=False)
+            progress.set_postfix(runs.log(args, step, values), refresh=False)
         if save_due:
             common.save_grid(args, step, sample(fixed_z))
-            common.save_checkpoint(args, data, step, state)
+            runs.save_checkpoint(args, data, step, state)
 
 
 if __name__ == "__main__":

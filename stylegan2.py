@@ -38,6 +38,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import runs
 
 R1_EVERY = 16  # updates of D between two steps of the penalty
 
@@ -48,30 +49,30 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0],
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--batch-size", type=common.positive_int, default=64, help="images per update")
-    p.add_argument("--z-dim", type=common.positive_int, default=512, help="dimensions of z and w")
+    p.add_argument("--batch-size", type=runs.positive_int, default=64, help="images per update")
+    p.add_argument("--z-dim", type=runs.positive_int, default=512, help="dimensions of z and w")
     p.add_argument(
         "--width",
-        type=common.positive_int,
+        type=runs.positive_int,
         default=512,
         help="channels at 64 pixels; twice as many with each halving, up to 512",
     )
-    p.add_argument("--lr", type=common.positive_float, default=2.5e-3, help="learning rate")
-    p.add_argument("--beta1", type=common.fraction, default=0.0, help="Adam's beta1")
-    p.add_argument("--beta2", type=common.fraction, default=0.99, help="Adam's beta2")
+    p.add_argument("--lr", type=runs.positive_float, default=2.5e-3, help="learning rate")
+    p.add_argument("--beta1", type=runs.fraction, default=0.0, help="Adam's beta1")
+    p.add_argument("--beta2", type=runs.fraction, default=0.99, help="Adam's beta2")
     p.add_argument(
         "--image-size", type=int, choices=[16, 32, 64, 128, 256], default=32, help="pixels"
     )
     p.add_argument(
-        "--r1", type=common.non_negative_float, default=0.01, help="weight gamma of the R1 penalty"
+        "--r1", type=runs.non_negative_float, default=0.01, help="weight gamma of the R1 penalty"
     )
     p.add_argument(
         "--truncation",
-        type=common.non_negative_float,
+        type=runs.non_negative_float,
         default=1.0,
         help="with --generate: factor for w - mean; less than 1 gives safer, less varied images",
     )
-    return common.parse_args(p, argv, generate_only=("truncation",))
+    return runs.parse_args(p, argv, generate_only=("truncation",))
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -412,7 +413,7 @@ def main(argv=None):
         opt_D.zero_grad()
         (R1_EVERY * args.r1 / 2 * penalty).backward()
         opt_D.step()
-        return {"r1": penalty}  # common.cuda_graph takes a dict; it is not logged
+        return {"r1": penalty}  # runs.cuda_graph takes a dict; it is not logged
 
     @torch.no_grad()
     def sample(z):
@@ -428,7 +429,7 @@ def main(argv=None):
     # A new run begins at step 0, a resumed one at that of its checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     state["average"] = average
-    first = common.start_run(args, data, state)
+    first = runs.start_run(args, data, state)
     if args.generate:
         with torch.no_grad():
             mean_w = average.mapping(torch.randn(10_000, args.z_dim, device=args.device)).mean(0)
@@ -439,8 +440,8 @@ def main(argv=None):
 
     # Train. Under torchrun, args.batch_size is the part of this process.
     n_images = args.batch_size * common.world_size()
-    update = common.cuda_graph(args, data, update)
-    r1_step = common.cuda_graph(args, data, r1_step)
+    update = runs.cuda_graph(args, data, update)
+    r1_step = runs.cuda_graph(args, data, r1_step)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:
         values = update()
@@ -451,10 +452,10 @@ def main(argv=None):
 
         # A loss that is not finite stops the run here, before anything is saved.
         if save_due or step % args.log_every == 0:
-            progress.set_postfix(common.log(args, step, values), refresh=False)
+            progress.set_postfix(runs.log(args, step, values), refresh=False)
         if save_due:
             common.save_grid(args, step, sample(fixed_z))
-            common.save_checkpoint(args, data, step, state)
+            runs.save_checkpoint(args, data, step, state)
 
 
 if __name__ == "__main__":

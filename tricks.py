@@ -30,6 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import runs
 
 
 def parse_args(argv=None):
@@ -38,46 +39,46 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0],
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--batch-size", type=common.positive_int, default=128, help="images per update")
-    p.add_argument("--z-dim", type=common.positive_int, default=100, help="dimensions of z")
-    p.add_argument("--width", type=common.positive_int, default=64, help="channels near the image")
-    p.add_argument("--lr", type=common.positive_float, default=2e-4, help="learning rate")
-    p.add_argument("--beta1", type=common.fraction, default=0.5, help="Adam's beta1")
-    p.add_argument("--beta2", type=common.fraction, default=0.999, help="Adam's beta2")
-    p.add_argument("--n-critic", type=common.positive_int, default=1, help="D updates per G update")
+    p.add_argument("--batch-size", type=runs.positive_int, default=128, help="images per update")
+    p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
+    p.add_argument("--width", type=runs.positive_int, default=64, help="channels near the image")
+    p.add_argument("--lr", type=runs.positive_float, default=2e-4, help="learning rate")
+    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
     p.add_argument(
-        "--smooth", type=common.fraction, default=0.0, help="real images' target: 1 - this"
+        "--smooth", type=runs.fraction, default=0.0, help="real images' target: 1 - this"
     )
-    p.add_argument("--flip", type=common.fraction, default=0.0, help="share of D's labels swapped")
+    p.add_argument("--flip", type=runs.fraction, default=0.0, help="share of D's labels swapped")
     p.add_argument(
         "--noise",
-        type=common.non_negative_float,
+        type=runs.non_negative_float,
         default=0.0,
         help="standard deviation of noise on all that D sees, falling to 0 at --steps",
     )
     p.add_argument(
         "--replay",
-        type=common.non_negative_int,
+        type=runs.non_negative_int,
         default=0,
         help="number of old fakes to keep; half of D's fakes are old",
     )
     p.add_argument("--feature-matching", action="store_true", help="D's mean features as G's loss")
     p.add_argument(
         "--minibatch-kernels",
-        type=common.non_negative_int,
+        type=runs.non_negative_int,
         default=0,
         help="kernels by which D compares the images of a batch",
     )
     p.add_argument(
         "--r1",
-        type=common.non_negative_float,
+        type=runs.non_negative_float,
         default=0.0,
         help="weight gamma of the R1 penalty; removes batch norm from D",
     )
     p.add_argument(
         "--ema",
-        type=common.fraction,
+        type=runs.fraction,
         default=0.0,
         help="decay of G's average, at most (step - 1) / (step + 9)",
     )
@@ -91,7 +92,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--decay", action="store_true", help="let both rates fall linearly to 0 at --steps"
     )
-    args = common.parse_args(p, argv)
+    args = runs.parse_args(p, argv)
     if args.minibatch_kernels and (args.r1 or args.feature_matching or args.replay):
         p.error("--minibatch-kernels excludes --r1, --feature-matching and --replay: leave one out")
     planned = p.get_default("steps")  # those of the run, with --resume
@@ -415,7 +416,7 @@ def main(argv=None):
         state["average"] = average
     if args.replay:
         state["pool"] = pool
-    first = common.start_run(args, data, state)
+    first = runs.start_run(args, data, state)
     if args.generate:
         return common.generate(args, draw)
     if first == 0:
@@ -426,7 +427,7 @@ def main(argv=None):
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.
-    update = common.cuda_graph(args, data, update)
+    update = runs.cuda_graph(args, data, update)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:
         fade.fill_(1 - step / args.steps)
@@ -442,10 +443,10 @@ def main(argv=None):
 
         # A loss that is not finite stops the run here, before anything is saved.
         if save_due or step % args.log_every == 0:
-            progress.set_postfix(common.log(args, step, values), refresh=False)
+            progress.set_postfix(runs.log(args, step, values), refresh=False)
         if save_due:
             common.save_grid(args, step, sample(fixed_z))
-            common.save_checkpoint(args, data, step, state)
+            runs.save_checkpoint(args, data, step, state)
 
 
 if __name__ == "__main__":

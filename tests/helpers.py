@@ -208,3 +208,11 @@ def snapshot(module):
 def changed(module, before):
     """The names of the parameters that are not bit for bit what they were."""
     return {k for k, p in module.named_parameters() if not torch.equal(p, before[k])}
+
+
+def images_in(folder):
+    return {p.name: np.asarray(Image.open(p)) for p in sorted(Path(folder).iterdir())}
+
+
+def same_images(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, SCRIPTS, checkpoint, picture_folder, train, write_cifar10, write_mnist
 
-import common
+import runs
 
 
 def tree():
@@ -62,7 +62,7 @@ FLAGS = {
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_bad_flags(flags, capsys, monkeypatch):
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)
     line, code = refused("dcgan", flags.split(), capsys)
     assert code == 2 and line.startswith("dcgan.py: error: ") and FLAGS[flags] in line
 

@@ -1,4 +1,5 @@
-"""The loaders on small files in the real formats, and minibatches."""
+"""Data in, pictures out: the loaders on small files in the real formats, minibatches, grids and
+generated images."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,7 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICES, picture, picture_folder, write_cifar10, write_mnist
+from helpers import (
+    DEVICES,
+    images_in,
+    picture,
+    picture_folder,
+    same_images,
+    write_cifar10,
+    write_mnist,
+)
 from PIL import Image
 
 import common
@@ -216,3 +225,34 @@ def test_minibatches(device):
     assert torch.equal(first, common.sample_batch(args, data)[1]), (
         "from torch's random numbers alone"
     )
+
+
+def test_generated_images_do_not_reuse_the_numbers_of_the_weights():
+    """The first layers of stylegan2 and progan begin as rows of torch.randn(..., z_dim)."""
+    args, drawn = SimpleNamespace(out_dir="run", generate=3, seed=0), []
+    Path("run").mkdir()
+    torch.manual_seed(args.seed)
+    weights = torch.randn(3, 6)
+    common.generate(args, lambda n: drawn.append(torch.randn(n, 6)) or torch.zeros(n, 3, 4, 4))
+    assert not torch.isin(drawn[0], weights).any()
+
+
+def test_generated_images_are_clamped_and_never_overwritten():
+    args = SimpleNamespace(out_dir="run", generate=3, seed=0)
+    Path("run").mkdir()
+    values = torch.tensor([-1.5, 0.0, 1.5])[:, None, None, None].expand(3, 3, 4, 4)
+    common.generate(args, lambda n: values)
+    images = images_in("run/generated")
+    assert [int(image[0, 0, 0]) for image in images.values()] == [0, 128, 255]
+    with pytest.raises(SystemExit, match="generated exists: move or delete it"):
+        common.generate(args, lambda n: -values)
+    assert same_images(images, images_in("run/generated"))
+
+
+def test_grids_map_minus_one_to_black_and_one_to_white():
+    args = SimpleNamespace(out_dir="run", tensorboard=False)
+    values = torch.tensor([-1.0, 0.0, 1.0])
+    common.save_grid(args, 3, values[:, None, None, None].expand(3, 3, 4, 4), columns=3)
+    grid = np.asarray(Image.open("run/samples/000003.png"))
+    assert grid.shape == (26 * 8, 26 * 20, 3), "enlarged by a whole factor to at least 512"
+    assert [int(grid[26 * 3, 26 * x, 0]) for x in (3, 9, 15)] == pytest.approx([0, 128, 255], abs=1)

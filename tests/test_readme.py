@@ -70,7 +70,7 @@ def test_a_copied_script_runs_without_common(name):
                 elif snippet not in line:
                     lines.append(line)
             text = "\n".join(lines)
-    assert "common" not in text
+    assert "common" not in text and "runs." not in text
     text = text.replace("steps=20_000", "steps=3").replace("save_every=500", "save_every=2")
     Path("copied.py").write_text(text, "utf-8")
     spec = importlib.util.spec_from_file_location("copied", "copied.py")

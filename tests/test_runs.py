@@ -16,10 +16,21 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import NAMES, SCRIPTS, checkpoint, log_rows, open_script, picture_folder, same, train
-from PIL import Image
+from helpers import (
+    NAMES,
+    SCRIPTS,
+    checkpoint,
+    images_in,
+    log_rows,
+    open_script,
+    picture_folder,
+    same,
+    same_images,
+    train,
+)
 
 import common
+import runs
 
 
 def assert_same_run(a, b):
@@ -111,7 +122,7 @@ def test_on_cuda_optimisers_count_their_steps_on_the_gpu(device):
     optimiser = torch.optim.RMSprop([torch.zeros(1)])
     args = SimpleNamespace(out_dir="run", device=device, generate=None, resume=False, init=None)
     args.batch_size = 1
-    common.start_run(args, common.Data(1, 1, []), {"opt": optimiser})
+    runs.start_run(args, common.Data(1, 1, []), {"opt": optimiser})
     assert optimiser.param_groups[0]["capturable"] is (device == "cuda")
 
 
@@ -176,11 +187,11 @@ def test_kill_9():
 def test_a_write_that_fails_leaves_the_old_file():
     file = Path("file")
     file.write_bytes(b"old")
-    with pytest.raises(OSError), common.atomic_write(file) as f:
+    with pytest.raises(OSError), runs.atomic_write(file) as f:
         f.write(b"half of the n")
         raise OSError("the disk is full")
     assert file.read_bytes() == b"old"
-    with common.atomic_write(file) as f:
+    with runs.atomic_write(file) as f:
         f.write(b"new")
         assert file.read_bytes() == b"old"
     assert file.read_bytes() == b"new" and [p.name for p in Path().iterdir()] == ["file"]
@@ -189,7 +200,7 @@ def test_a_write_that_fails_leaves_the_old_file():
 def test_an_unfinished_start_is_cleared(monkeypatch):
     """A run that ended before its first checkpoint is not in the way of the next one."""
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(common, "save_checkpoint", mock.Mock(side_effect=KeyboardInterrupt))
+        m.setattr(runs, "save_checkpoint", mock.Mock(side_effect=KeyboardInterrupt))
         train("dcgan", "run", "--steps", 20, "--log-every", 2)
     assert len(log_rows("run")) == 3 and len(list(Path("run/samples").iterdir())) == 2
     train("dcgan", "run", "--steps", 20, "--save-every", 10)
@@ -219,10 +230,6 @@ def test_init_begins_a_new_run_with_the_networks_of_another():
 
 
 # -------------------------------------------------------------------------------- generate and logs
-
-
-def images_in(folder):
-    return {p.name: np.asarray(Image.open(p)) for p in sorted(Path(folder).iterdir())}
 
 
 def generate(name, *flags, run="run"):
@@ -264,20 +271,6 @@ def test_generate(name, monkeypatch):
         assert z[1].tolist() == [0, 1] * 50
 
 
-def same_images(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
-
-
-def test_generated_images_do_not_reuse_the_numbers_of_the_weights():
-    """The first layers of stylegan2 and progan begin as rows of torch.randn(..., z_dim)."""
-    args, drawn = SimpleNamespace(out_dir="run", generate=3, seed=0), []
-    Path("run").mkdir()
-    torch.manual_seed(args.seed)
-    weights = torch.randn(3, 6)
-    common.generate(args, lambda n: drawn.append(torch.randn(n, 6)) or torch.zeros(n, 3, 4, 4))
-    assert not torch.isin(drawn[0], weights).any()
-
-
 def test_generate_one_label():
     train("cgan", "run", "--steps", 5)
     images = generate("cgan", 3, "--label", 1)
@@ -286,27 +279,6 @@ def test_generate_one_label():
         generate("cgan", 3, "--label", 2)
     with pytest.raises(SystemExit):
         SCRIPTS["cgan"].parse_args(["--label", "1"])
-
-
-def test_generated_images_are_clamped_and_never_overwritten():
-    args = SimpleNamespace(out_dir="run", generate=3, seed=0)
-    Path("run").mkdir()
-    values = torch.tensor([-1.5, 0.0, 1.5])[:, None, None, None].expand(3, 3, 4, 4)
-    common.generate(args, lambda n: values)
-    images = images_in("run/generated")
-    assert [int(image[0, 0, 0]) for image in images.values()] == [0, 128, 255]
-    with pytest.raises(SystemExit, match="generated exists: move or delete it"):
-        common.generate(args, lambda n: -values)
-    assert same_images(images, images_in("run/generated"))
-
-
-def test_grids_map_minus_one_to_black_and_one_to_white():
-    args = SimpleNamespace(out_dir="run", tensorboard=False)
-    values = torch.tensor([-1.0, 0.0, 1.0])
-    common.save_grid(args, 3, values[:, None, None, None].expand(3, 3, 4, 4), columns=3)
-    grid = np.asarray(Image.open("run/samples/000003.png"))
-    assert grid.shape == (26 * 8, 26 * 20, 3), "enlarged by a whole factor to at least 512"
-    assert [int(grid[26 * 3, 26 * x, 0]) for x in (3, 9, 15)] == pytest.approx([0, 128, 255], abs=1)
 
 
 def test_drawing_grids_does_not_change_the_run():
@@ -318,7 +290,7 @@ def test_drawing_grids_does_not_change_the_run():
 def test_tensorboard(monkeypatch):
     module = mock.Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: True)
     common.summary_writer.cache_clear()
     train("dcgan", "run", "--steps", 10, "--tensorboard")
     common.summary_writer.cache_clear()
@@ -349,7 +321,7 @@ def test_the_default_device_is_the_gpu(name, monkeypatch):
 
 
 def test_mps_is_accepted_where_there_is_one(monkeypatch):
-    assert "mps" not in common.available_devices()
+    assert "mps" not in runs.available_devices()
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert SCRIPTS["dcgan"].parse_args(["--device", "mps"]).device == "mps"
     assert SCRIPTS["dcgan"].parse_args([]).device == "cpu"
@@ -401,7 +373,7 @@ def test_an_update_is_captured_once_and_replayed(monkeypatch):
 
     args = SimpleNamespace(cuda_graph=True)
     data = SimpleNamespace(images=torch.empty(1, device="meta"))
-    graphed = common.cuda_graph(args, data, update)
+    graphed = runs.cuda_graph(args, data, update)
     results = [graphed() for _ in range(6)]
     assert events == ["update"] * 3 + ["capture", "update"] + ["replay"] * 3
     assert all(result["loss"].item() == 2 for result in results)
@@ -412,8 +384,8 @@ def test_an_update_is_captured_once_and_replayed(monkeypatch):
 
 def test_without_the_flag_or_with_images_on_the_host_nothing_is_captured(capsys):
     data = SimpleNamespace(images=torch.empty(1))
-    assert common.cuda_graph(SimpleNamespace(cuda_graph=False), data, len) is len
-    assert common.cuda_graph(SimpleNamespace(cuda_graph=True), data, len) is len
+    assert runs.cuda_graph(SimpleNamespace(cuda_graph=False), data, len) is len
+    assert runs.cuda_graph(SimpleNamespace(cuda_graph=True), data, len) is len
     assert "warning: --cuda-graph has no effect" in capsys.readouterr().err
 
 

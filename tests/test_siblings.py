@@ -4,6 +4,7 @@ How two siblings differ is on one page, docs/what-changed.md, made from the scri
 what they share, change all of them; to change what differs, renew the page and read it.
 """
 
+import ast
 import inspect
 import re
 
@@ -18,6 +19,18 @@ def section(name, start, end):
     """The text of a script from the first `start` up to the `end` after it."""
     text = (ROOT / f"{name}.py").read_text()
     return text.partition(start)[2].partition(end)[0]
+
+
+@pytest.mark.parametrize("name, ours", [("common", set()), ("runs", {"common"})])
+def test_the_shared_modules_import_no_others_of_ours(name, ours):
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported & modules == ours
 
 
 def test_what_changed_is_up_to_date():

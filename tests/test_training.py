@@ -25,6 +25,7 @@ from helpers import (
 from PIL import Image
 
 import common
+import runs
 
 ALL = (*NAMES, "ebgan", "began", "progan", "stylegan2")
 
@@ -162,25 +163,26 @@ def test_the_loop(name, monkeypatch):
     mode, a row and then a grid and a checkpoint where they are due, and nothing twice."""
     events, real = [], recorded(monkeypatch, "sample_batch")
 
-    def start_run(args, data, state, start_run=common.start_run):
+    def start_run(args, data, state, start_run=runs.start_run):
         G = state["G"]
         state["opt_D"].register_step_post_hook(lambda *_: events.append(f"D on batch {len(real)}"))
         state["opt_G"].register_step_post_hook(lambda *_: events.append(f"G {G.training}"))
         return start_run(args, data, state)
 
-    def noted(name):
-        function = getattr(common, name)
+    def noted(module, name):
+        function = getattr(module, name)
 
         def call(args, *rest):
             step = next(value for value in rest if isinstance(value, int))
             events.append(f"{name} {step}")
             return function(args, *rest)
 
-        monkeypatch.setattr(common, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    monkeypatch.setattr(common, "start_run", start_run)
-    for function in ("log", "save_grid", "save_checkpoint"):
-        noted(function)
+    monkeypatch.setattr(runs, "start_run", start_run)
+    noted(runs, "log")
+    noted(common, "save_grid")
+    noted(runs, "save_checkpoint")
     flags = ["--n-critic", 2, "--steps", 7, "--log-every", 2, "--save-every", 3]
     train(name, "run", *flags)
 

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 import common
+import runs
 import tricks
 
 REAL, FAKE = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([-0.3, 1.2, -2.0])
@@ -48,7 +49,7 @@ def test_resume_is_bit_for_bit(flags):
     flags = ["--log-every", 1, "--n-critic", 2, *flags.split()]
     train("tricks", "whole", "--steps", 10, *flags)
     with (
-        mock.patch.object(common, "save_checkpoint", killed_after(1)),
+        mock.patch.object(runs, "save_checkpoint", killed_after(1)),
         pytest.raises(KeyboardInterrupt),
     ):
         train("tricks", "parts", "--steps", 10, *flags)
@@ -57,7 +58,7 @@ def test_resume_is_bit_for_bit(flags):
     assert same(checkpoint("parts"), checkpoint("whole"))
 
 
-def killed_after(calls, save_checkpoint=common.save_checkpoint):
+def killed_after(calls, save_checkpoint=runs.save_checkpoint):
     """save_checkpoint, and an interruption after it has been called `calls` times."""
 
     def save(*args):
@@ -307,8 +308,8 @@ def test_the_pool_begins_with_images_of_the_G_of_init(monkeypatch):
     for weight in saved["state"]["G"].values():
         weight.zero_()
     torch.save(saved, "grey.pt")
-    monkeypatch.setattr(common, "cuda_graph", lambda args, data, update: lambda: {})
-    monkeypatch.setattr(common, "log", lambda *_: {})
+    monkeypatch.setattr(runs, "cuda_graph", lambda args, data, update: lambda: {})
+    monkeypatch.setattr(runs, "log", lambda *_: {})
     train("tricks", "run", "--steps", 1, "--init", "grey.pt", "--replay", 9)
     assert checkpoint("run")["state"]["pool"].abs().max() == 0
 

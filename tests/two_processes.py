@@ -9,12 +9,13 @@ from helpers import train as train_without_waiting
 
 import common
 import gan
+import runs
 import wgan_gp
 
 HALF = 4
 
 
-def watched_start_run(args, data, state, start_run=common.start_run):
+def watched_start_run(args, data, state, start_run=runs.start_run):
     """start_run; afterwards `seen` has the state, and each gradient before and after its mean is
     taken."""
 
@@ -70,8 +71,8 @@ def half_of_a_batch():
 
 FLAGS = {"device": "cpu", "generate": None, "resume": False, "init": None, "seed": 0}
 FLAGS |= {"script": "dcgan", "batch_size": HALF}
-start_run = common.start_run
-common.start_run = watched_start_run
+start_run = runs.start_run
+runs.start_run = watched_start_run
 results = {}
 for name in SCRIPTS:
     seen = {}
@@ -91,7 +92,7 @@ train("dcgan", "parts", "--steps", 6, "--resume", small="")
 results["half"] = half_of_a_batch()
 try:
     loss = float("nan") if common.rank() == 1 else 0.0
-    common.log(SimpleNamespace(out_dir="nan"), 7, {"loss_D": torch.tensor(loss)})
+    runs.log(SimpleNamespace(out_dir="nan"), 7, {"loss_D": torch.tensor(loss)})
 except SystemExit as end:
     results["nan"] = str(end)
 torch.save(results, f"{common.rank()}.pt")

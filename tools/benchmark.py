@@ -32,6 +32,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import runs
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 
@@ -75,7 +76,7 @@ def measure(name, argv, rounds, seconds):
     """Medians of the seconds per step of our loop, of its updates alone, and of the usual way, by
     name; and the number of images per step.
 
-    Runs the script's main, whose calls of `common.log` say when a turn of its loop has ended; the
+    Runs the script's main, whose calls of `runs.log` say when a turn of its loop has ended; the
     other turns are taken in between.
     """
     times = {"ours": [], "updates": [], "usual": []}
@@ -86,13 +87,13 @@ def measure(name, argv, rounds, seconds):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def start_run(args, data, state, start_run=common.start_run):
+    def start_run(args, data, state, start_run=runs.start_run):
         run.args, run.state = args, state
         run.optimisers = {k: plain(state[k]) for k in ("opt_G", "opt_D")}
         run.batches = usual_batches(args, data.channels)
         return start_run(args, data, state)
 
-    def cuda_graph(args, data, update, cuda_graph=common.cuda_graph):
+    def cuda_graph(args, data, update, cuda_graph=runs.cuda_graph):
         used = inspect.getclosurevars(update).nonlocals
         run.d_step, run.g_step = used["d_step"], used["g_step"]
         run.update = cuda_graph(args, data, update)
@@ -119,7 +120,7 @@ def measure(name, argv, rounds, seconds):
                 run.g_step(*y).item()
             return (now() - start) / n
 
-    def log(args, step, values, log=common.log):
+    def log(args, step, values, log=runs.log):
         numbers = log(args, step, values)
         if run.step is None:
             usual(2)  # starts the workers
@@ -136,7 +137,7 @@ def measure(name, argv, rounds, seconds):
         return numbers
 
     patches = {"start_run": start_run, "cuda_graph": cuda_graph, "log": log}
-    with mock.patch.multiple(common, **patches), contextlib.suppress(Done):
+    with mock.patch.multiple(runs, **patches), contextlib.suppress(Done):
         importlib.import_module(name).main(argv)
     medians = {way: statistics.median(t) for way, t in times.items()}
     return medians, run.args.batch_size * run.args.n_critic

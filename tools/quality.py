@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import runs
 
 # ------------------------------------------------------------------------------------------ metrics
 
@@ -129,7 +130,7 @@ def trained_classifier(dataset, data_dir, cache_dir, device, steps):
         optimiser.step()
         schedule.step()
 
-    with common.atomic_write(path) as f:
+    with runs.atomic_write(path) as f:
         torch.save(net.state_dict(), f)
     return net.eval()
 
