@@ -31,7 +31,7 @@ On MNIST, this command draws little but ones, and no other setting that we tried
 """
 
 import math
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -42,14 +42,12 @@ import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(
-        prog="began.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    p = ArgumentParser(prog="began.py", description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=16, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=64, help="dimensions of z")
-    p.add_argument("--width", type=runs.positive_int, default=64, help="channels near the image")
+    p.add_argument(
+        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
+    )
     p.add_argument("--lr", type=runs.positive_float, default=1e-4, help="learning rate")
     p.add_argument("--beta1", type=runs.fraction, default=0.9, help="Adam's beta1")
     p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
@@ -180,7 +178,7 @@ def main(argv=None):
         return 2 * torch.rand(n, args.z_dim, device=args.device) - 1
 
     # The noise of all grids: they show how the same images change.
-    fixed_z = noise(64)
+    fixed_z = noise(common.grid_size(args))
 
     def d_step(x_real):
         """One update of D: minimise d_loss, with G fixed."""
@@ -245,6 +243,7 @@ def main(argv=None):
         if save_due:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
+    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ The run on MNIST in docs/results.md:
     python cgan.py --width 16 --lr 1e-3 --batch-size 64 --steps 17000
 """
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+import math
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -31,22 +32,18 @@ import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(
-        prog="cgan.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    p = ArgumentParser(prog="cgan.py", description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=128, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
-    p.add_argument("--width", type=runs.positive_int, default=64, help="channels near the image")
+    p.add_argument(
+        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
+    )
     p.add_argument("--lr", type=runs.positive_float, default=2e-4, help="learning rate")
     p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
     p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    p.add_argument(
-        "--label", type=runs.non_negative_int, help="class to --generate; None: all in turn"
-    )
+    p.add_argument("--label", help="class to --generate, by name or number (default: all in turn)")
     args = runs.parse_args(p, argv, generate_only=("label",))
     if args.label is not None and not args.generate:
         p.error("--label goes with --generate")
@@ -143,6 +140,18 @@ def g_loss(d_fake):
 # ----------------------------------------------------------------------------------------- training
 
 
+def class_number(label, classes):
+    """The number of the class that `label` names, or whose number it is. Exits with an error if
+    there is none."""
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
+    common.fail(
+        f"--label is {label}: the classes are {common.first_ten(classes)} (0 to {len(classes) - 1})"
+    )
+
+
 def main(argv=None):
     args = parse_args(argv)
     torch.manual_seed(args.seed)
@@ -150,8 +159,6 @@ def main(argv=None):
     n_classes = len(data.classes)
     if n_classes == 0:
         common.fail(f"{args.dataset} has no classes, which cgan.py needs: one subfolder for each")
-    if args.label is not None and args.label >= n_classes:
-        common.fail(f"--label is {args.label}: the classes are 0 to {n_classes - 1}")
 
     # Networks and optimisers.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size, n_classes)
@@ -163,8 +170,9 @@ def main(argv=None):
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
     # The noise and classes of all grids, which show how the same images change: a class per column.
-    columns = min(n_classes, 16)
-    fixed_y = torch.arange(columns, device=args.device).repeat(8)
+    rows = math.isqrt(common.grid_size(args))
+    columns = min(n_classes, 2 * rows)
+    fixed_y = torch.arange(columns, device=args.device).repeat(rows)
     fixed_z = torch.randn(len(fixed_y), args.z_dim, device=args.device)
 
     def d_step(x_real, y):
@@ -215,7 +223,7 @@ def main(argv=None):
     if args.generate:
         labels = torch.arange(args.generate, device=args.device) % n_classes
         if args.label is not None:
-            labels.fill_(args.label)
+            labels.fill_(class_number(args.label, data.classes))
         return common.generate(args, draw, labels)
     if first == 0:
         common.save_grid(args, 0, sample(fixed_z, fixed_y), columns)
@@ -233,6 +241,7 @@ def main(argv=None):
         if save_due:
             common.save_grid(args, step, sample(fixed_z, fixed_y), columns)
             runs.save_checkpoint(args, data, step, state)
+    runs.finish_run(args)
 
 
 if __name__ == "__main__":

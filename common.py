@@ -1,9 +1,10 @@
-"""Data in, pictures out: what the scripts share. No network and no loss is in here, and nothing of
-a run: its flags, files and devices are in runs.py.
+"""Data in, pictures out: what the scripts share. Nothing in here knows a network, a loss, or how a
+run is kept.
 
 Errors that a user can fix end the program with one line on stderr, "error: ...", and exit code 1.
 """
 
+import difflib
 import functools
 import itertools
 import math
@@ -17,8 +18,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import (
+    Image,
+    ImageDraw,
+    ImageFont,
+    ImageOps,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 from torch.nn import functional as F
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -27,8 +37,13 @@ TORCHVISION_DATASETS = {
     "fashion-mnist": torchvision.datasets.FashionMNIST,
     "cifar10": torchvision.datasets.CIFAR10,
 }
+DATASETS = [*TORCHVISION_DATASETS, "digits"]
 IMAGE_SIZES = [16, 32, 64, 128, 256, 512, 1024]
 DATASET_HELP = "mnist, fashion-mnist, cifar10, digits (needs no download), or a folder of images"
+
+# Endings of images that Pillow cannot read, and names of folders that are rarely meant as classes.
+UNSUPPORTED = (".heic", ".heif")
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def fail(message):
@@ -37,9 +52,10 @@ def fail(message):
 
 
 def say(message):
-    """Prints `message` as one line on stderr: under torchrun, once for all processes."""
+    """Prints `message` as one line on stderr, above a progress bar if there is one: under torchrun,
+    once for all processes."""
     if rank() == 0:
-        print(message, file=sys.stderr)
+        tqdm.write(message, file=sys.stderr)
 
 
 def warn(message):
@@ -49,12 +65,17 @@ def warn(message):
 
 def world_size():
     """The number of processes that train together: 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
 
 
 def rank():
     """The number of this process among them, from 0. Rank 0 writes the files of the run."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ["RANK"]) if started_by_torchrun() else 0
+
+
+def started_by_torchrun():
+    """Whether torchrun has started this process. A cluster may set RANK and WORLD_SIZE as well."""
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 # ------------------------------------------------------------------------------------------ data in
@@ -92,7 +113,8 @@ def load_data(args):
         images, labels, classes, left_out = load_folder(args.dataset, size)
 
     number, channels = images.shape[:2]
-    line = f"{args.out_dir}: {number:,} images of {channels}x{size}x{size} from {args.dataset}"
+    line = f"{args.out_dir} on {device_name(args.device)}: {number:,} images of "
+    line += f"{channels}x{size}x{size} from {args.dataset}"
     if classes:
         line += f", {len(classes)} classes: {first_ten(classes)}"
     say(line)
@@ -106,10 +128,34 @@ def load_data(args):
     return Data(number, channels, classes, images, labels)
 
 
+def device_name(device):
+    """The name of a device as a user knows it."""
+    if "cuda" in device:
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device == "cpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        return "cpu (PyTorch sees no GPU)"
+    return device
+
+
+def empty_images(number, channels, size):
+    """Memory for images uint8 (number, channels, size, size). Exits with an error if there is not
+    enough of it."""
+    try:
+        return torch.from_numpy(np.empty((number, channels, size, size), np.uint8))
+    except MemoryError:
+        gib = number * channels * size**2 / 2**30
+        fail(
+            f"{number:,} images of {channels}x{size}x{size} need {gib:,.1f} GiB of memory: "
+            "choose a smaller --image-size"
+        )
+
+
 def resize(images, size):
     """Images uint8 (N, C, S, S) as (N, C, size, size), with antialiasing."""
-    parts = [TF.resize(part, [size, size], antialias=True) for part in images.split(1000)]
-    return torch.cat(parts)
+    resized = empty_images(*images.shape[:2], size)
+    for part, target in zip(images.split(1000), resized.split(1000), strict=True):
+        target.copy_(TF.resize(part, [size, size], antialias=True))
+    return resized
 
 
 def first_ten(names):
@@ -168,8 +214,6 @@ def load_torchvision(name, data_dir, train=True):
     C, 32, 32), MNIST's 28 pixels with a border of zeros; labels int64 (N,); names of the
     classes. Exits with an error if its files are damaged, or missing and cannot be downloaded."""
     dataset_class = TORCHVISION_DATASETS[name]
-    folder = Path(data_dir, getattr(dataset_class, "base_folder", dataset_class.__name__))
-    has_files = any(file.is_file() for file in folder.rglob("*"))
     try:
         # Rank 0 alone downloads; the other processes wait, and then find the files.
         if rank() > 0:
@@ -181,17 +225,47 @@ def load_torchvision(name, data_dir, train=True):
         labels = torch.as_tensor(dataset.targets)
         if len(images) != len(labels) or labels.max() >= len(dataset.classes):
             raise ValueError("its labels do not match its images")
-    # torchvision's readers assert, index and unpickle: anything can come
-    except Exception as error:
-        if has_files:
-            fail(f"{folder} cannot be read ({one_line(error)}): delete it to download it again")
-        fail(f"{folder} is missing, and the download failed ({one_line(error)})")
+    except (
+        Exception
+    ) as error:  # torchvision's readers assert, index and unpickle: anything can come
+        fail(what_is_wrong(dataset_class, data_dir, error))
 
     if images.ndim == 3:
         images = F.pad(images, (2, 2, 2, 2))[:, None]
     else:
         images = images.permute(0, 3, 1, 2).contiguous()
     return images, labels, list(dataset.classes)
+
+
+def what_is_wrong(dataset_class, data_dir, error):
+    """Why torchvision could not load a dataset: a file is missing or damaged and could not be
+    downloaded, or else its files cannot be read."""
+    folder = Path(data_dir, getattr(dataset_class, "base_folder", dataset_class.__name__))
+    if isinstance(error, PermissionError):
+        return f"{folder} cannot be read: {error.strerror}: {error.filename}"
+
+    # The names of the files and, where torchvision knows them, their checksums.
+    if hasattr(dataset_class, "resources"):
+        names = [Path(url).stem for url, _ in dataset_class.resources]
+        checksums = dict.fromkeys([f"raw/{name}" for name in names])
+    else:
+        meta = (dataset_class.meta["filename"], dataset_class.meta["md5"])
+        checksums = dict([*dataset_class.train_list, *dataset_class.test_list, meta])
+    wrong = []
+    for name, checksum in checksums.items():
+        if not (folder / name).exists():
+            wrong.append(f"{name} is missing")
+        elif not check_integrity(folder / name, checksum):
+            wrong.append(f"{name} is damaged")
+
+    # torchvision puts the error of the network on the last line of its own.
+    last_line = (str(error).strip().splitlines() or [""])[-1]
+    if wrong:
+        return f"{folder}: {first_ten(wrong)}, and the download failed ({last_line})"
+    return (
+        f"{folder} cannot be read ({type(error).__name__}: {last_line}), so one of its files is "
+        "damaged: delete the folder to download it again"
+    )
 
 
 def one_line(error):
@@ -202,99 +276,210 @@ def one_line(error):
 
 def load_folder(folder, size):
     """The images of a folder: uint8 (N, C, size, size), where C is 1 if all are grey, else 3;
-    labels int64 (N,); names of the classes; and messages that say what was left out.
+    labels int64 (N,); names of the classes; and messages that say what was left out, and why.
 
-    The images are in the folder itself or in one subfolder per class, wherever there are more.
-    Classes are numbered in the order of their names; a subfolder without a readable image is not
-    one. Hidden files do not count. Exits with an error if there is nothing to read.
+    The images are in the folder itself, or in one subfolder per class and anywhere below it: where
+    there are more of them. Classes are numbered in the order of their names; a subfolder without a
+    readable image is not one. Hidden files do not count. Exits with an error if there is nothing to
+    read.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        fail(f"{folder} is not a folder: --dataset is {DATASET_HELP}")
+        similar = difflib.get_close_matches(folder.name.lower(), DATASETS, n=1)
+        hint = "".join(f". Did you mean {name}?" for name in similar)
+        fail(f"there is no folder {folder}. --dataset is {DATASET_HELP}{hint}")
+    files, has_classes, messages = find_images(folder)
 
-    # What there is, in an order that is the same on every system.
-    found = [file.relative_to(folder) for file in (*folder.glob("*"), *folder.glob("*/*"))]
-    found = [file for file in found if not any(part.startswith(".") for part in file.parts)]
-    found.sort(key=lambda file: file.as_posix())
-
-    # The image files among it.
-    endings = Image.registered_extensions()
-    files = [f for f in found if f.suffix.lower() in endings and (folder / f).is_file()]
-    flat = [file for file in files if len(file.parts) == 1]
-    in_subfolders = [file for file in files if len(file.parts) == 2]
-    files = in_subfolders if len(in_subfolders) > len(flat) else flat
-    if not files:
-        fail(f"{folder} holds no images, neither in itself nor in one subfolder per class")
-
-    # Their pixels. Threads speed this up, as Pillow releases the interpreter's lock.
-    pixels = np.empty((len(files), 3, size, size), np.uint8)
-    readable = []
-    with ThreadPool() as pool:
-        decoded = pool.imap(lambda file: decode_image(folder / file, size), files)
-        for file, image in zip(files, tqdm(decoded, "decoding", len(files), delay=2), strict=True):
-            if image is not None:
-                pixels[len(readable)] = image
-                readable.append(file)
+    # Their pixels: of all three channels only if some image has colours.
+    images, readable, unreadable = decode_images(folder, files, size)
+    if unreadable:
+        messages.append(f"cannot read {count(unreadable, 'image')}: {first_three(unreadable)}")
     if not readable:
-        fail(f"{folder} holds {len(files)} image files, and none of them can be read")
-    images = torch.from_numpy(pixels[: len(readable)])
+        fail(f"{folder}: {messages[-1]}")
     if all((part == part[:, :1]).all() for part in images.split(1000)):
         images = images[:, :1].contiguous()
 
-    # Their labels. A flat folder has one nameless parent, which is no class.
-    parents = [file.parent.name for file in readable]
-    names = sorted(set(parents))
-    number_of = {name: number for number, name in enumerate(names)}
+    # Their classes.
+    if not has_classes:
+        return images, torch.zeros(len(images), dtype=torch.int64), [], messages
+    parents = [file.parts[0] for file in readable]
+    classes = sorted(set(parents))
+    number_of = {name: number for number, name in enumerate(classes)}
     labels = torch.tensor([number_of[parent] for parent in parents])
-    classes = [name for name in names if name]
-
-    # What was left out.
-    was_read = set(readable)
-    unreadable = [file.as_posix() for file in files if file not in was_read]
-    used = {*files, *map(Path, classes)}
-    ignored = [file.as_posix() for file in found if file not in used]
-    messages = []
-    if unreadable:
-        reason = "cannot be read (damaged, too large, or with 32-bit or float pixels)"
-        messages.append(f"{len(unreadable):,} images {reason}: {first_ten(unreadable)}")
-    if ignored:
-        messages.append(f"{len(ignored):,} files and folders are ignored: {first_ten(ignored)}")
+    subfolders = [path.name for path in folder.iterdir() if path.is_dir()]
+    empty = [name for name in sorted(subfolders) if name not in classes and name[0] != "."]
+    if empty:
+        names = first_ten(empty)
+        messages.append(f"ignored {count(empty, 'subfolder')} without a readable image: {names}")
     return images, labels, classes, messages
+
+
+def find_images(folder):
+    """The image files of a folder, relative to it; whether they are in one subfolder per class; and
+    messages that say what is ignored. Exits with an error if there are none."""
+    found = files_below(folder)
+    endings = {*Image.registered_extensions(), *UNSUPPORTED}
+    images = [file for file in found if file.suffix.lower() in endings]
+    flat = [file for file in images if len(file.parts) == 1]
+    in_subfolders = [file for file in images if len(file.parts) > 1]
+    if not images:
+        fail(f"no images found in {folder} or its subfolders")
+
+    has_classes = len(in_subfolders) > len(flat)
+    if has_classes:
+        used, unused, where = in_subfolders, flat, "beside the class folders"
+        check_splits(folder, used)
+    else:
+        used, unused, where = flat, in_subfolders, "in subfolders"
+
+    messages = []
+    if unused:
+        names = first_ten([file.as_posix() for file in unused])
+        messages.append(f"ignored {count(unused, 'image')} {where}: {names}")
+    others = [file for file in found if file.suffix.lower() not in endings]
+    if others:
+        names = first_ten([file.as_posix() for file in others])
+        messages.append(f"ignored {count(others, 'file')} without the ending of an image: {names}")
+    return used, has_classes, messages
+
+
+def decode_images(folder, files, size):
+    """The images that can be read: uint8 (N, 3, size, size), their N files, and the names of the
+    others with the reason."""
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # for large colour profiles
+    images = empty_images(len(files), 3, size)
+    readable, unreadable = [], []
+    # Threads help, as Pillow releases the interpreter's lock.
+    with ThreadPool() as pool:
+        decoded = pool.imap(lambda file: try_to_decode(folder / file, size), files)
+        for file, result in zip(files, tqdm(decoded, "decoding", len(files), delay=2), strict=True):
+            if isinstance(result, str):
+                unreadable.append(f"{file.as_posix()} ({result})")
+            else:
+                images[len(readable)] = torch.from_numpy(result)
+                readable.append(file)
+    return images[: len(readable)], readable, unreadable
+
+
+def files_below(folder):
+    """All files in a folder and its subfolders, relative to it, in an order that is the same on
+    every system. Hidden ones do not count. Exits with an error if a subfolder cannot be read."""
+
+    def stop(error):
+        fail(f"{error.filename} cannot be read: {error.strerror}")
+
+    files = []
+    for parent, subfolders, names in os.walk(folder, onerror=stop, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        visible = [name for name in names if not name.startswith(".")]
+        files += [Path(parent, name).relative_to(folder) for name in visible]
+    return sorted(files, key=Path.as_posix)
+
+
+def check_splits(folder, files):
+    """Warns if subfolders with names such as train and test become classes. Exits with an error if
+    the class folders are inside them. `files` are the images, relative to `folder`."""
+    subfolders = sorted({file.parts[0] for file in files})
+    splits = [name for name in subfolders if name.lower() in SPLITS]
+    for name in splits or subfolders[:1]:
+        inside = [file for file in files if file.parts[0] == name]
+        deeper = {file.parts[1] for file in inside if len(file.parts) > 2}
+        is_wrapper = name in splits or len(subfolders) == 1
+        if is_wrapper and all(len(file.parts) > 2 for file in inside):
+            fail(f"{folder / name} has {count(deeper, 'class folder')}: use it as --dataset")
+    if splits:
+        warn(f"{folder}: the subfolders {', '.join(splits)} are taken for classes")
+
+
+def count(items, noun):
+    """The number of items with their noun, such as "2 images"."""
+    return f"{len(items):,} {noun}" if len(items) == 1 else f"{len(items):,} {noun}s"
+
+
+def first_three(names):
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def try_to_decode(file, size):
+    """The image as `decode_image` returns it, or a string that says why it cannot be read."""
+    if file.suffix.lower() in UNSUPPORTED:
+        return f"Pillow does not read {file.suffix} files"
+    try:
+        return decode_image(file, size)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        return "not an image that Pillow knows, or damaged"
+    except OSError as error:
+        return error.strerror or str(error)
+    except Exception as error:  # Pillow's many readers raise many things
+        return one_line(error)
 
 
 def decode_image(file, size):
     """The first frame of an image file as uint8 (3, size, size): turned as its EXIF orientation
-    says, with white behind transparent pixels, its middle square resized with antialiasing. None
-    if Pillow cannot read it, or if it has 32-bit or float pixels, whose range is unknown."""
-    try:
-        with Image.open(file) as image:
-            # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster.
-            image.draft(None, (size, size))
-            # Pillow opens 16-bit PGM files, and in some versions PNG files, as if they had 32 bits.
-            has_16_bits = image.mode == "I" and image.format in ("PPM", "PNG")
-            if image.mode in ("I", "F") and not has_16_bits:
-                return None
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-            return np.array(image).transpose(2, 0, 1)
-    except Exception:  # Pillow's many readers raise many things; each means that this is no image
-        return None
+    says, with white behind transparent pixels, its middle square resized with antialiasing. Raises
+    what Pillow raises if it cannot read it, and ValueError if the pixels would come out wrong."""
+    with Image.open(file) as image:
+        check_pixels(image, file)
+
+        # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster.
+        image.draft(None, (size, size))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            pixels = np.asarray(image)
+            if "transparency" in image.info:  # the grey of a PNG that stands for transparent
+                pixels = np.where(pixels == image.info["transparency"], 65535, pixels)
+            image = Image.fromarray((pixels // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        return np.array(image).transpose(2, 0, 1)
+
+
+def check_pixels(image, file):
+    """Raises ValueError for an open image that Pillow would return in another range, inverted or
+    without its orientation."""
+    # Pillow opens 16-bit PGM files, and in some versions PNG files, as if they had 32 bits.
+    has_16_bits = image.mode == "I" and image.format in ("PPM", "PNG")
+    if image.mode in ("I", "F") and not has_16_bits:
+        raise ValueError("pixels are signed 16-bit, 32-bit or float, whose range is unknown")
+    if image.format == "TIFF" and image.mode.startswith("I;16"):
+        (bits,) = image.tag_v2[TiffImagePlugin.BITSPERSAMPLE]
+        if bits != 16:
+            raise ValueError(f"pixels have {bits} bits")
+        if image.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0:
+            raise ValueError("pixels have 16 bits, with 0 for white")
+    # Pillow does not read this box, which may say that the image is turned.
+    if image.format == "JPEG2000" and b"JpgTiffExif->JP2" in Path(file).read_bytes():
+        raise ValueError("JPEG 2000 with EXIF")
 
 
 # ------------------------------------------------------------------------------------- pictures out
 
 
-def save_grid(args, step, images, columns=8):
+def grid_size(args):
+    """The number of images in a grid: 64, and fewer large ones, so that it is at most about 2,000
+    pixels wide."""
+    if args.image_size <= 128:
+        return 64
+    if args.image_size == 256:
+        return 16
+    return 4
+
+
+def save_grid(args, step, images, columns=None):
     """Writes images (N, C, S, S) in [-1, 1] as one grid, samples/<step>.png in `args.out_dir`, with
-    `columns` images in a row, enlarged by a whole factor to 512 pixels or more."""
+    `columns` images in a row (None: as many as rows), enlarged by a whole factor to 512 pixels or
+    more."""
     if rank() > 0:
         return
+    if columns is None:
+        columns = math.isqrt(len(images))
     grid = torchvision.utils.make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
     factor = math.ceil(512 / max(grid.shape[1:]))
     enlarged = F.interpolate(grid[None], scale_factor=factor)
@@ -314,16 +499,18 @@ def summary_writer(folder):
 
 
 def generate(args, draw, labels=None):
-    """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`. `draw(n)`
-    returns n images (n, C, S, S) in [-1, 1].
+    """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`, or to
+    generated-2/, generated-3/, ... if there are others. `draw(n)` returns n images (n, C, S, S) in
+    [-1, 1].
 
     With `labels`, int64 (`args.generate`,), `draw(n, y)` returns n images of the classes y,
-    (n,), and the file names have the class: 000003_class7.png. Exits with an error if the folder
-    exists.
+    (n,), and the file names have the class: 000003_class7.png.
     """
     folder = Path(args.out_dir, "generated")
-    if folder.exists():
-        fail(f"{folder} exists: move or delete it")
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = Path(args.out_dir, f"generated-{number}")
     folder.mkdir()
 
     # Do not seed here. The networks were initialised with the first numbers of the same seed, so z
@@ -341,4 +528,4 @@ def generate(args, draw, labels=None):
         for k in range(n):
             file = folder / f"{first + k:06d}{suffixes[k]}.png"
             TF.to_pil_image(images[k]).save(file)
-    print(folder)
+    say(str(folder))

@@ -24,7 +24,7 @@ The run on MNIST in docs/results.md:
     python dcgan.py --width 16 --lr 1e-3 --batch-size 64 --steps 20000
 """
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -35,14 +35,12 @@ import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(
-        prog="dcgan.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    p = ArgumentParser(prog="dcgan.py", description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=128, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
-    p.add_argument("--width", type=runs.positive_int, default=64, help="channels near the image")
+    p.add_argument(
+        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
+    )
     p.add_argument("--lr", type=runs.positive_float, default=2e-4, help="learning rate")
     p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
     p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
@@ -149,7 +147,7 @@ def main(argv=None):
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
     # The noise of all grids: they show how the same images change.
-    fixed_z = torch.randn(64, args.z_dim, device=args.device)
+    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     def d_step(x_real):
         """One update of D: minimise d_loss, with G fixed."""
@@ -213,6 +211,7 @@ def main(argv=None):
         if save_due:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
+    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ The run on MNIST in docs/results.md:
     python gan.py --width 800 --steps 19000
 """
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -33,11 +33,7 @@ import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(
-        prog="gan.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    p = ArgumentParser(prog="gan.py", description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=100, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
     p.add_argument("--width", type=runs.positive_int, default=1200, help="units of G's layers")
@@ -141,7 +137,7 @@ def main(argv=None):
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
     # The noise of all grids: they show how the same images change.
-    fixed_z = torch.randn(64, args.z_dim, device=args.device)
+    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     def d_step(x_real):
         """One update of D: minimise d_loss, with G fixed."""
@@ -205,6 +201,7 @@ def main(argv=None):
         if save_due:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
+    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ In our short runs with a width of 16, --gamma 1 was better than the authors' 750
 
 import copy
 import math
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -47,11 +47,7 @@ import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(
-        prog="progan.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    p = ArgumentParser(prog="progan.py", description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=16, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=128, help="dimensions of z")
     p.add_argument("--width", type=runs.positive_int, default=128, help="channels up to 32x32")
@@ -296,7 +292,7 @@ def main(argv=None):
     average = copy.deepcopy(G)
 
     # The noise of all grids: they show how the same images change.
-    fixed_z = torch.randn(64, args.z_dim, device=args.device)
+    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     def d_step(x_real, stage, fade):
         """One update of D: minimise d_loss + gp_weight * gradient_penalty + 0.001 E[D(x)^2], with G
@@ -377,6 +373,7 @@ def main(argv=None):
         if save_due:
             common.save_grid(args, step, sample(fixed_z, step))
             runs.save_checkpoint(args, data, step, state)
+    runs.finish_run(args)
 
 
 if __name__ == "__main__":

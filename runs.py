@@ -1,5 +1,5 @@
-"""What keeps a run: its flags and files, resume, the log, CUDA graphs, and several GPUs. No network
-and no loss is in here, and nothing that an image depends on.
+"""The bookkeeping of a run, which a copy of a script can do without: shared flags, files, resume,
+the log, CUDA graphs and several GPUs. What is trained, and on what, is up to the scripts.
 
 Errors that a user can fix end the program with one line on stderr: argparse's, with exit code
 2, for a wrong flag, and "error: ..." with exit code 1 for anything else.
@@ -14,10 +14,13 @@ import importlib.util
 import json
 import math
 import os
+import re
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -25,37 +28,67 @@ from tqdm import tqdm
 import common
 
 # Flags of one start of a script. All others belong to the run and are kept in its checkpoint.
-START_FLAGS = {"out_dir", "resume", "init", "generate", "device", "tensorboard", "cuda_graph"}
+START_FLAGS = {
+    "out_dir",
+    "resume",
+    "overwrite",
+    "init",
+    "generate",
+    "device",
+    "tensorboard",
+    "cuda_graph",
+}
 
 # Flags of the run that may change when it is resumed. The dataset may have moved, and check_data
 # compares what it holds. All others decide what the run computes.
 MAY_CHANGE = {"dataset", "data_dir", "steps", "log_every", "save_every"}
 
+# The contents of a checkpoint, those of its "data", and their types.
+CHECKPOINT = {"args": dict, "data": dict, "step": int, "state": dict, "device": str, "random": list}
+DATA = {"number": int, "channels": int, "classes": list}
+
+# The locks on the folders in which this process is training.
+LOCKS = {}
+
 
 # -------------------------------------------------------------------------------------------- flags
 
 
+def whole_number(text):
+    """argparse type: a whole number between -2^31 and 2^31."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+    if abs(value) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be less than 2^31, not {text}")
+    return value
+
+
 def positive_int(text):
     """argparse type: a whole number from 1 to 2^31 - 1."""
-    value = int(text)
-    if not 1 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 2^31 - 1")
+    value = whole_number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
     return value
 
 
 def non_negative_int(text):
     """argparse type: a whole number from 0 to 2^31 - 1."""
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^31 - 1")
+    value = whole_number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
     return value
 
 
 def finite_float(text):
     """argparse type: a number, neither infinite nor NaN."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
     return value
 
 
@@ -63,7 +96,7 @@ def positive_float(text):
     """argparse type: a finite number above 0."""
     value = finite_float(text)
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
     return value
 
 
@@ -71,7 +104,7 @@ def non_negative_float(text):
     """argparse type: a finite number, 0 or above."""
     value = finite_float(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
     return value
 
 
@@ -79,11 +112,11 @@ def fraction(text):
     """argparse type: a number in [0, 1)."""
     value = finite_float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, not {text}")
     return value
 
 
-def any_path(text):
+def path(text):
     """argparse type: a path, in which ~ is the home directory."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
@@ -92,25 +125,40 @@ def any_path(text):
 
 def absolute_path(text):
     """argparse type: a path that still holds when a run is resumed from another directory."""
-    return os.path.abspath(any_path(text))
+    return os.path.abspath(path(text))
 
 
-def dataset_name(text):
+def dataset(text):
     """argparse type: the name of a dataset, or else the absolute path of a folder of images."""
-    if text in common.TORCHVISION_DATASETS or text == "digits":
+    if text in common.DATASETS:
         return text
     return absolute_path(text)
 
 
-def available_devices():
-    """What --device may be on this machine: cpu, mps if it has it, cuda, cuda:0, cuda:1, ..."""
-    devices = ["cpu"]
+def device(text):
+    """argparse type: a device that PyTorch finds on this machine: cpu, mps, cuda, cuda:0, ..."""
+    found = ["cpu"]
     if torch.backends.mps.is_available():
-        devices.append("mps")
+        found.append("mps")
     if torch.cuda.is_available():
-        devices.append("cuda")
-        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return devices
+        found.append("cuda")
+        found += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if text in found:
+        return text
+    if text.startswith("cuda") and "cuda" not in found:
+        message = f"PyTorch {torch.__version__} sees no CUDA GPU on this machine"
+    else:
+        message = f"{text} is not a device of this machine: choose from {', '.join(found)}"
+    raise argparse.ArgumentTypeError(message)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that has one, and keeps the line breaks of the epilog."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse_args(p, argv, generate_only=()):
@@ -120,66 +168,41 @@ def parse_args(p, argv, generate_only=()):
     With --resume and --generate, the flags of the run in --out-dir are the defaults, and a flag
     that is typed with another value is an error, unless it may change or is in `generate_only`,
     the names of the flags that matter to --generate alone. Exits with an error if a flag is
-    wrong, or if --out-dir holds a run that a new one would overwrite.
+    wrong, or if a new run cannot have --out-dir as its folder.
     """
-    own_defaults = vars(p.parse_args([]))
-    devices = available_devices()
-    default_device = "cuda" if "cuda" in devices else "cpu"
-
-    data = p.add_argument_group("data")
-    data.add_argument("--dataset", type=dataset_name, default="mnist", help=common.DATASET_HELP)
-    data.add_argument("--data-dir", type=absolute_path, default="data", help="folder for downloads")
-
-    run = p.add_argument_group("run")
-    run.add_argument("--steps", type=positive_int, default=20_000, help="updates of G")
-    run.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers")
-    run.add_argument(
-        "--out-dir", type=any_path, help="folder of the run; if None, runs/<script>-<dataset>"
-    )
-    run.add_argument(
-        "--log-every", type=positive_int, default=50, help="steps between rows of the log"
-    )
-    run.add_argument(
-        "--save-every", type=positive_int, default=500, help="steps between grids and checkpoints"
-    )
-    run.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
-    start = run.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
-    start.add_argument(
-        "--init",
-        type=any_path,
-        metavar="CHECKPOINT",
-        help="start a new run with G and D of another one's checkpoint.pt",
-    )
-    start.add_argument("--generate", type=positive_int, metavar="N", help="draw N images and stop")
-
-    device = p.add_argument_group("device")
-    device.add_argument(
-        "--device", choices=devices, default=default_device, help="device to train on"
-    )
-    device.add_argument("--cuda-graph", action="store_true", help="replay each update as one graph")
-
     # Without its list of all flags, argparse says in one line which flag is wrong.
     p.usage = argparse.SUPPRESS
+    p.allow_abbrev = False
+    p.formatter_class = HelpFormatter
+    p.epilog = (
+        f"example: python {p.prog} --dataset cifar10 --out-dir runs/first\n"
+        "README.md and docs/ explain more."
+    )
+    own_defaults = vars(p.parse_args([]))
+    add_shared_flags(p)
     p.set_defaults(script=Path(p.prog).stem)
     args = p.parse_args(argv)
     if args.out_dir is None:
-        args.out_dir = os.path.join("runs", f"{args.script}-{os.path.basename(args.dataset)}")
+        name = f"{args.script}-{os.path.basename(args.dataset)}"
+        args.out_dir = os.path.join("runs", name)
 
-    # Only a checkpoint.pt means that the folder holds a run.
+    # --resume and --generate need a run in the folder; a new run needs an empty one.
+    if args.overwrite and (args.resume or args.generate):
+        p.error("--overwrite starts a new run: leave out --resume and --generate")
+    check_writable(p, args.out_dir)
     if args.resume or args.generate:
         args = parse_with_run(p, argv, args, own_defaults, generate_only)
-    elif os.path.exists(os.path.join(args.out_dir, "checkpoint.pt")):
-        p.error(f"{args.out_dir} holds a run: --resume it, or choose another --out-dir")
-
-    if common.world_size() > 1:
-        join_processes(p, args)
+    elif is_used(args.out_dir) and not args.overwrite:
+        p.error(in_the_way(args.out_dir))
 
     if args.cuda_graph and "cuda" not in args.device:
         p.error(f"--cuda-graph needs CUDA, and --device is {args.device}")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         p.error("--tensorboard needs a package that is missing: pip install tensorboard")
 
+    if common.world_size() > 1:
+        args.device = join_processes(p, args)
+        args.batch_size //= common.world_size()
     # torch.cuda.set_device does not take "cuda" without an index, which means the current device.
     if "cuda:" in args.device:
         torch.cuda.set_device(args.device)
@@ -189,10 +212,84 @@ def parse_args(p, argv, generate_only=()):
     return args
 
 
+def add_shared_flags(p):
+    """Adds the flags that all scripts have and none of them reads: data, run and device."""
+    group = p.add_argument_group("data")
+    group.add_argument("--dataset", type=dataset, default="mnist", help=common.DATASET_HELP)
+    group.add_argument("--data-dir", type=absolute_path, default="data", help="where downloads go")
+
+    group = p.add_argument_group("run")
+    group.add_argument("--steps", type=positive_int, default=20_000, help="updates of G")
+    group.add_argument(
+        "--seed", type=non_negative_int, default=0, help="seed of all random numbers"
+    )
+    group.add_argument(
+        "--out-dir", type=path, help="output folder (default: runs/<script>-<dataset>)"
+    )
+    group.add_argument(
+        "--log-every", type=positive_int, default=50, help="steps between rows of log.csv"
+    )
+    group.add_argument(
+        "--save-every", type=positive_int, default=500, help="steps between grids and checkpoints"
+    )
+    group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
+    group.add_argument(
+        "--overwrite", action="store_true", help="delete the run in --out-dir and start a new one"
+    )
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
+    start.add_argument(
+        "--init", type=path, metavar="CHECKPOINT", help="start with the G and D of another run"
+    )
+    start.add_argument("--generate", type=positive_int, metavar="N", help="draw N images and stop")
+
+    group = p.add_argument_group("device")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    group.add_argument("--device", type=device, default=default, help="cpu, cuda, cuda:1, mps, ...")
+    group.add_argument(
+        "--cuda-graph", action="store_true", help="faster on NVIDIA GPUs: a CUDA graph per update"
+    )
+
+
+def check_writable(p, folder):
+    """Exits with an error if `folder`, which need not exist, cannot be made or written to."""
+    existing = Path(folder).absolute()
+    while True:
+        try:
+            existing.lstat()
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            existing = existing.parent
+        except OSError as error:  # such as a name that is too long
+            p.error(f"--out-dir {folder} cannot be used: {error.strerror}")
+    if not existing.is_dir():
+        p.error(f"--out-dir {folder} cannot be used: {existing} is not a folder")
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        p.error(f"--out-dir {folder} cannot be used: no permission to write to {existing}")
+
+
+def is_used(folder):
+    """Whether a folder holds anything but hidden files."""
+    return os.path.isdir(folder) and any(not name.startswith(".") for name in os.listdir(folder))
+
+
+def in_the_way(folder):
+    """Why a new run cannot start in a folder that is used, and what to do."""
+    if os.path.exists(os.path.join(folder, "checkpoint.pt")):
+        return f"{folder} holds a run: --resume it, --overwrite it, or choose another --out-dir"
+    return f"{folder} is not empty: choose another --out-dir, or --overwrite the run in it"
+
+
 def parse_with_run(p, argv, args, own_defaults, generate_only):
     """Parses `argv` again, with the flags of the run in `args.out_dir` as defaults. Exits with an
-    error if a flag contradicts the run."""
+    error if there is none, or if a flag contradicts it."""
     checkpoint = os.path.join(args.out_dir, "checkpoint.pt")
+    if not os.path.exists(checkpoint):
+        others = [str(file.parent) for file in Path(args.out_dir).parent.glob("*/checkpoint.pt")]
+        message = f"{args.out_dir} holds no run"
+        if others:
+            message += f": set --out-dir, for example to {common.first_ten(sorted(others))}"
+        p.error(message)
     saved = read_checkpoint(checkpoint, args.script)
 
     # A flag that is newer than the run had its default in it; one that is gone has no effect.
@@ -201,16 +298,19 @@ def parse_with_run(p, argv, args, own_defaults, generate_only):
     p.set_defaults(**saved_flags, out_dir=args.out_dir)
     args = p.parse_args(argv)
 
+    # Some flags may be typed with another value.
     may_change = MAY_CHANGE.union(generate_only)
+    action = "--resume"
     if args.generate:
         may_change.add("seed")
+        action = "--generate"
     for name in saved_flags.keys() - may_change:
         typed = getattr(args, name)
         if typed != saved_flags[name]:
             flag = "--" + name.replace("_", "-")
             p.error(
-                f"{flag} is {typed}, but the run has {saved_flags[name]}: leave it out (a new run "
-                f"can start from its networks, if they are as large: --init {checkpoint})"
+                f"{action} cannot change {flag}: the run has {saved_flags[name]}, not {typed}. "
+                f"A new run can start from its networks: --init {checkpoint}"
             )
     if args.resume and saved["step"] >= args.steps:
         p.error(f"{args.out_dir} is already at step {saved['step']}: raise --steps")
@@ -224,7 +324,6 @@ def parse_with_run(p, argv, args, own_defaults, generate_only):
 def atomic_write(file):
     """Opens a binary file that replaces `file` atomically at the end of the block. Until then,
     and after an error or a kill at any moment, `file` is as it was."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     with open(temporary, "wb") as f:
         yield f
@@ -233,29 +332,41 @@ def atomic_write(file):
     os.replace(temporary, file)
 
 
+def lock_folder(folder):
+    """Keeps other processes from training in a folder until `finish_run`, or until this process
+    ends,
+    however it ends. Exits with an error if another one is training there."""
+    key = str(folder.absolute())
+    if key in LOCKS:  # by a run of this process that was interrupted, as in a notebook
+        return
+    lock = filelock.FileLock(folder / ".lock", thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        common.fail(f"another process is training in {folder}: choose another --out-dir")
+    LOCKS[key] = lock
+
+
 def start_run(args, data, state):
     """Prepares the folder of the run and returns the number of steps that are done: 0 in a new run.
 
     `state` holds the networks, optimisers and tensors of the run by name. With --resume, they
     are loaded from the checkpoint and the random numbers continue where they were; with
     --generate, they are loaded; with --init, only G and D are. Exits with an error if the
-    checkpoint or the data does not fit.
+    checkpoint or the data does not fit, or if another process writes to the folder.
     """
     folder = Path(args.out_dir)
     checkpoint = folder / "checkpoint.pt"
-
-    for part in state.values():
-        if isinstance(part, torch.optim.Optimizer):
-            # On CUDA, optimisers count their steps on the GPU, where a CUDA graph needs the count.
-            for group in part.param_groups:
-                group["capturable"] = args.device not in ("cpu", "mps")
-            if common.world_size() > 1:
-                part.register_step_pre_hook(average_gradients)
-
+    prepare_optimisers(args, state)
     if args.generate:
-        saved = load_state(args, data, checkpoint, state)
-        return saved["step"]
+        return load_state(args, data, checkpoint, state)["step"]
 
+    # One process writes to the folder.
+    if common.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
+
+    # The networks of the checkpoint, if there is one, and the random numbers.
     if args.resume:
         saved = load_state(args, data, checkpoint, state)
         check_data(args, data, saved)
@@ -269,28 +380,71 @@ def start_run(args, data, state):
         if common.rank() > 0:
             torch.manual_seed(args.seed + common.rank())
 
+    # The files.
     if common.rank() == 0:
         if args.resume:
             drop_rows_after(first, folder / "log.csv")
-        else:
-            clear_unfinished_run(folder)
+        elif args.overwrite:
+            remove_run(folder)
+        elif is_used(folder):
+            common.fail(in_the_way(folder))
         about = {**run_flags(args), **facts(data), "torch": torch.__version__}
         with atomic_write(folder / "args.json") as f:
             f.write(json.dumps(about, indent=1).encode())
     return first
 
 
+def finish_run(args):
+    """Says where the last grid is and how to go on, and lets other processes use the folder."""
+    if common.rank() == 0:
+        last = Path(args.out_dir, "samples", f"{args.steps:06d}.png")
+        common.say(f"done: {last} (to train on, add --resume --steps {2 * args.steps})")
+        LOCKS.pop(str(Path(args.out_dir).absolute())).release()
+
+
+def prepare_optimisers(args, state):
+    """Makes the optimisers ready for CUDA graphs and for several processes."""
+    for part in state.values():
+        if isinstance(part, torch.optim.Optimizer):
+            # On CUDA, they count their steps on the GPU, where a CUDA graph needs the count.
+            for group in part.param_groups:
+                group["capturable"] = args.device not in ("cpu", "mps")
+            if common.world_size() > 1:
+                part.register_step_pre_hook(average_gradients)
+
+
+def remove_run(folder):
+    """Deletes the files that a run writes into its folder, by their names, and no others."""
+    for name in ("checkpoint.pt", "args.json", "log.csv"):
+        (folder / name).unlink(missing_ok=True)
+    for grid in folder.glob("samples/*.png"):
+        if re.fullmatch(r"\d{6,}", grid.stem):
+            grid.unlink()
+
+
 def resume_random_numbers(args, saved):
     """Continues the random numbers of a run. On another kind of device, or with another number
-    of processes, they begin anew."""
+    of processes, they begin again from another seed."""
     device = torch.device(args.device).type
     if saved["device"] == device and len(saved["random"]) == common.world_size():
-        random_module(args).set_rng_state(saved["random"][common.rank()])
+        try:
+            random_module(args).set_rng_state(saved["random"][common.rank()])
+        except (TypeError, RuntimeError) as error:
+            common.fail(f"{args.out_dir}: the saved random numbers are damaged ({error})")
     else:
         before = f"{saved['device']} with {len(saved['random'])} processes"
         now = f"{device} with {common.world_size()}"
-        common.warn(f"the run was on {before}, and is now on {now}: its random numbers begin anew")
+        common.warn(f"the run was on {before}, and is now on {now}: its random numbers are new")
         torch.manual_seed(args.seed + saved["step"] + common.rank())
+
+
+def random_module(args):
+    """The module of torch that has the state of a run's random numbers."""
+    if args.device == "cpu":
+        return torch.random
+    if args.device == "mps":
+        return torch.mps
+    return torch.cuda
 
 
 def run_flags(args):
@@ -305,106 +459,157 @@ def facts(data):
     return {"number": data.number, "channels": data.channels, "classes": data.classes}
 
 
-def clear_unfinished_run(folder):
-    """Removes the log and the grids of a run that ended before its first checkpoint."""
-    if (folder / "args.json").exists():
-        (folder / "log.csv").unlink(missing_ok=True)
-        for grid in folder.glob("samples/*.png"):
-            grid.unlink()
-    elif (folder / "log.csv").exists():
-        common.fail(f"{folder} contains a log.csv that no run wrote: choose another --out-dir")
-
-
-def random_module(args):
-    """The module of torch that has the state of a run's random numbers."""
-    if args.device == "cpu":
-        return torch.random
-    if args.device == "mps":
-        return torch.mps
-    return torch.cuda
-
-
-def read_checkpoint(file, script):
-    """The contents of a checkpoint, on the CPU. Exits with an error if it does not exist, cannot
-    be read, or was written by another script."""
-    if not os.path.exists(file):
-        common.fail(f"{file} does not exist")
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        writer = saved["args"]["script"]
-    except Exception as error:  # torn files and foreign pickles raise many things
-        common.fail(f"{file} cannot be read as a checkpoint ({common.one_line(error)})")
-    if writer != script:
-        common.fail(f"{file} was written by {writer}.py, not by {script}.py")
-    return saved
-
-
 def check_data(args, data, saved):
     """Exits with an error if the dataset has other channels or classes than that of the saved
     run, and warns if it has another number of images."""
     for name, now in facts(data).items():
         before = saved["data"][name]
+        if now == before:
+            continue
+        if name == "classes":
+            now, before = (common.first_ten(names) or "none" for names in (now, before))
         message = f"{args.dataset}: {name} is {now}, but the run in {args.out_dir} has {before}"
-        if now != before and name == "number":
+        if name == "number":
             common.warn(message)
-        elif now != before:
+        else:
             common.fail(message)
 
 
-def load_state(args, data, file, state):
-    """Loads the parts of `state` from a checkpoint file and returns all that the file holds. Exits
-    with an error if it cannot be read or does not fit."""
-    saved = read_checkpoint(file, args.script)
-    try:
-        for name, part in state.items():
-            before = saved["state"][name]
-            if isinstance(part, torch.Tensor):
-                part.copy_(before)
-            elif isinstance(part, torch.optim.Optimizer):
-                # Its settings are in the flags; the rest of its state is in the checkpoint.
-                settings = part.state_dict()["param_groups"]
-                part.load_state_dict({"state": before["state"], "param_groups": settings})
-            else:
-                part.load_state_dict(before)
-    except (KeyError, RuntimeError, ValueError):
-        before = {**saved["args"], **saved["data"]}
-        now = {**run_flags(args), **facts(data)}
-        other = [f"{k} {v}" for k, v in before.items() if v != now.get(k) and k not in MAY_CHANGE]
-        common.fail(
-            f"{file} does not fit these networks. What differs in its run: {', '.join(other)}"
-        )
-    return saved
+# ------------------------------------------------------------------------------ checkpoints and log
 
 
 def save_checkpoint(args, data, step, state):
     """Writes checkpoint.pt in `args.out_dir`: a dict of the run's flags ("args"), "data",
-    "step", "state" and random numbers, for torch.load. Exits with an error if a weight is not
-    finite; the checkpoint from before stays."""
-    for name, part in state.items():
-        if isinstance(part, torch.nn.Module):
-            finite = [weight.isfinite().all() for weight in part.state_dict().values()]
-            if not all(finite):
-                common.fail(f"a weight of {name} is not finite at step {step}: try a lower --lr")
-
+    "step", "state" and random numbers, for torch.load. Exits with an error if a weight or a
+    moment of an optimiser is not finite; the checkpoint from before stays."""
     parts = {}
     for name, part in state.items():
         parts[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
+        if not all(tensor.isfinite().all() for tensor in tensors_in(parts[name])):
+            common.fail(f"{name} is not finite at step {step}: try a lower --lr")
+
+    # Each process has random numbers of its own.
     random = [random_module(args).get_rng_state()]
     if common.world_size() > 1:
         mine = random[0]
         random = [None] * common.world_size()
         dist.all_gather_object(random, mine)
-    saved = {
-        "args": run_flags(args),
-        "data": facts(data),
-        "step": step,
-        "state": parts,
-        "device": torch.device(args.device).type,
-        "random": random,  # each process's
-    }
+
     if common.rank() == 0:
+        saved = {
+            "args": run_flags(args),
+            "data": facts(data),
+            "step": step,
+            "state": parts,
+            "device": torch.device(args.device).type,
+            "random": random,
+        }
         with atomic_write(Path(args.out_dir, "checkpoint.pt")) as f:
             torch.save(saved, f)
+
+
+def tensors_in(saved):
+    """All tensors in what a checkpoint has of a network, an optimiser or a tensor."""
+    if isinstance(saved, torch.Tensor):
+        return [saved]
+    if isinstance(saved, dict):
+        return [tensor for value in saved.values() for tensor in tensors_in(value)]
+    return []
+
+
+def read_checkpoint(file, script):
+    """The contents of a checkpoint, on the CPU. Exits with an error if it does not exist, cannot
+    be read, is damaged, or was written by another script."""
+    try:
+        # torch.load does not compare the checksums.
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        common.fail(f"{file} does not exist")
+    except OSError as error:
+        common.fail(f"{file} cannot be read: {error.strerror}")
+    except Exception as error:  # damaged files and foreign pickles raise many things
+        common.fail(f"{file} is damaged, or not a checkpoint ({common.one_line(error)})")
+
+    if not has_types(saved, CHECKPOINT) or not has_types(saved["data"], DATA):
+        common.fail(f"{file} is not a checkpoint of this collection")
+    writer = saved["args"].get("script")
+    if writer != script:
+        common.fail(f"{file} was written by {writer}.py, not by {script}.py")
+    return saved
+
+
+def has_types(saved, types):
+    """Whether a dict has all these keys, with values of these types."""
+    return isinstance(saved, dict) and all(
+        isinstance(saved.get(key), expected) for key, expected in types.items()
+    )
+
+
+def load_state(args, data, file, state):
+    """Loads the parts of `state` from a checkpoint file and returns all that the file holds. Exits
+    with an error if it cannot be read, does not fit, or has a number that is not finite."""
+    saved = read_checkpoint(file, args.script)
+
+    # Nothing is loaded before everything is known to fit.
+    for name, part in state.items():
+        before = saved["state"].get(name)
+        if not fits(part, before):
+            common.fail(f"{file} does not fit: {what_differs(args, data, saved, name)}")
+        if not all(tensor.isfinite().all() for tensor in tensors_in(before)):
+            common.fail(f"{file} is damaged: {name} is not finite")
+
+    for name, part in state.items():
+        before = saved["state"][name]
+        if isinstance(part, torch.Tensor):
+            part.copy_(before)
+        elif isinstance(part, torch.optim.Optimizer):
+            # Its settings are in the flags; the rest of its state is in the checkpoint.
+            settings = part.state_dict()["param_groups"]
+            part.load_state_dict({"state": before["state"], "param_groups": settings})
+        else:
+            part.load_state_dict(before)
+    return saved
+
+
+def fits(part, saved):
+    """Whether `saved`, from a checkpoint, has the names and shapes of a network, an optimiser or a
+    tensor. An optimiser does not check them itself, and a fused one crashes on wrong ones."""
+    if isinstance(part, torch.Tensor):
+        return isinstance(saved, torch.Tensor) and saved.shape == part.shape
+    if not isinstance(saved, dict):
+        return False
+    if isinstance(part, torch.nn.Module):
+        now = part.state_dict()
+        return saved.keys() == now.keys() and all(fits(now[name], saved[name]) for name in now)
+
+    # For each weight by its index: moments of its shape, and a number of steps.
+    weights = [weight for group in part.param_groups for weight in group["params"]]
+    moments_of = saved.get("state")
+    if not isinstance(moments_of, dict):
+        return False
+    for index, moments in moments_of.items():
+        if index not in range(len(weights)) or not isinstance(moments, dict):
+            return False
+        for name, moment in moments.items():
+            expected = torch.zeros(()) if name == "step" else weights[index]
+            if not fits(expected, moment):
+                return False
+    return True
+
+
+def what_differs(args, data, saved, name):
+    """Why the part `name` of a checkpoint does not fit: the sizes that differ or, if they are the
+    same, all other flags that do."""
+    before = {**saved["args"], **saved["data"]}
+    now = {**run_flags(args), **facts(data)}
+    differ = [key for key in now if key in before and before[key] != now[key]]
+    sizes = [key for key in differ if key in ("image_size", "channels", "width", "z_dim")]
+    names = [f"{key} is {before[key]}, not {now[key]}" for key in sizes or differ]
+    return f"in its {name}, shapes differ ({common.first_ten(names) or 'or it is damaged'})"
 
 
 def log(args, step, values):
@@ -423,12 +628,15 @@ def log(args, step, values):
 
     file = Path(args.out_dir, "log.csv")
     is_new = not file.exists()
-    with open(file, "a", newline="") as f:
-        rows = csv.writer(f, lineterminator="\n")
-        if is_new:
-            rows.writerow(["step", "time", *numbers])
-        rounded = [f"{number:.5g}" for number in numbers.values()]
-        rows.writerow([step, f"{time.time():.2f}", *rounded])
+    rounded = [f"{number:.5g}" for number in numbers.values()]
+    try:
+        with open(file, "a", newline="") as f:
+            rows = csv.writer(f, lineterminator="\n")
+            if is_new:
+                rows.writerow(["step", "time", *numbers])
+            rows.writerow([step, f"{time.time():.2f}", *rounded])
+    except PermissionError:  # on Windows, a program that shows the file may keep others out
+        common.warn(f"{file} cannot be written, so that it has no row of step {step}")
     if args.tensorboard:
         for name, number in numbers.items():
             common.summary_writer(args.out_dir).add_scalar(name, number, step)
@@ -436,13 +644,19 @@ def log(args, step, values):
 
 
 def drop_rows_after(step, file):
-    """Drops the rows of a log.csv that will come again, those after `step`, and a torn last one."""
+    """Drops the rows of a log.csv that will come again, those after `step`, and a torn last one.
+    What is not a row of a run stays."""
     if not file.exists():
         return
-    header, *rows = file.read_text().splitlines(keepends=True)
-    rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    kept = []
+    for line in file.read_bytes().splitlines(keepends=True):
+        row = re.match(rb"(\d+),", line)
+        is_torn = not line.endswith(b"\n") and re.match(rb"\d", line)
+        if is_torn or (row and int(row[1]) > step):
+            continue
+        kept.append(line if line.endswith(b"\n") else line + b"\n")
     with atomic_write(file) as f:
-        f.write("".join([header, *rows]).encode())
+        f.write(b"".join(kept))
 
 
 # ------------------------------------------------------------------------------------------ on CUDA
@@ -498,8 +712,8 @@ def cuda_graph(args, data, update):
 
 
 def join_processes(p, args):
-    """Connects this process to the others that torchrun has started, on the machine's next GPU,
-    and gives it an equal share of each batch. Exits with an error if that is not possible."""
+    """Connects this process to the others that torchrun has started, and returns its device: with
+    CUDA, a GPU of its own. Exits with an error if they cannot train together."""
     if args.generate:
         p.error("--generate needs one process: start it without torchrun")
     processes = common.world_size()
@@ -511,15 +725,13 @@ def join_processes(p, args):
     if args.device not in ("cpu", "cuda"):
         p.error(f"--device is {args.device}: torchrun needs cpu, or cuda for a GPU per process")
 
-    backend = "gloo"
+    device, backend = args.device, "gloo"
     if args.device == "cuda":
-        backend = "nccl"
         local_rank = int(os.environ["LOCAL_RANK"])
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             p.error(f"torchrun has started too many processes: this machine has {gpus} GPUs")
-        args.device = f"cuda:{local_rank}"
-    args.batch_size //= processes
+        device, backend = f"cuda:{local_rank}", "nccl"
 
     # An hour is enough for rank 0 to download a dataset while the others wait.
     if not dist.is_initialized():
@@ -529,6 +741,7 @@ def join_processes(p, args):
     # One progress bar is enough.
     if common.rank() > 0:
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    return device
 
 
 def average_gradients(optimiser, *_):

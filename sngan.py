@@ -29,7 +29,7 @@ The run on MNIST in docs/results.md:
     python sngan.py --width 16 --lr 1e-3 --beta1 0 --beta2 0.9 --steps 4800
 """
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -40,14 +40,12 @@ import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(
-        prog="sngan.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    p = ArgumentParser(prog="sngan.py", description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=64, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=128, help="dimensions of z")
-    p.add_argument("--width", type=runs.positive_int, default=64, help="channels near the image")
+    p.add_argument(
+        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
+    )
     p.add_argument("--lr", type=runs.positive_float, default=2e-4, help="learning rate")
     p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
     p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
@@ -162,7 +160,7 @@ def main(argv=None):
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
     # The noise of all grids: they show how the same images change.
-    fixed_z = torch.randn(64, args.z_dim, device=args.device)
+    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     def d_step(x_real):
         """One update of D: minimise d_loss, with G fixed."""
@@ -226,6 +224,7 @@ def main(argv=None):
         if save_due:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
+    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ train_mnist_feature_matching.py). Deviations from it:
 
 import copy
 import math
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -39,11 +39,7 @@ import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(
-        prog="ssgan.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    p = ArgumentParser(prog="ssgan.py", description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=100, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
     p.add_argument("--width", type=runs.positive_int, default=1000, help="units of D's first layer")
@@ -276,7 +272,7 @@ def main(argv=None):
     test_error = torch.ones((), device=args.device)
 
     # The noise of all grids: they show how the same images change.
-    fixed_z = torch.rand(64, args.z_dim, device=args.device)
+    fixed_z = torch.rand(common.grid_size(args), args.z_dim, device=args.device)
 
     def labelled_batch():
         """All labelled images in random order: repeated in other orders if the batch is larger, cut
@@ -376,6 +372,7 @@ def main(argv=None):
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
     common.say(f"errors: {int(errors()):,} of {len(test_labels):,} test images")
+    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ does well with 10 (docs/results.md).
 """
 
 import copy
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -44,11 +44,7 @@ R1_EVERY = 16  # updates of D between two steps of the penalty
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(
-        prog="stylegan2.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    p = ArgumentParser(prog="stylegan2.py", description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=64, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=512, help="dimensions of z and w")
     p.add_argument(
@@ -374,7 +370,7 @@ def main(argv=None):
     average = copy.deepcopy(G).eval()
 
     # The noise of all grids: they show how the same images change.
-    fixed_z = torch.randn(64, args.z_dim, device=args.device)
+    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     def d_step(x_real):
         """One update of D: minimise d_loss, with G fixed."""
@@ -456,6 +452,7 @@ def main(argv=None):
         if save_due:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
+    runs.finish_run(args)
 
 
 if __name__ == "__main__":

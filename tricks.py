@@ -23,7 +23,7 @@ A run on MNIST in docs/tricks.md:
 """
 
 import copy
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -34,14 +34,12 @@ import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(
-        prog="tricks.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    p = ArgumentParser(prog="tricks.py", description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=128, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
-    p.add_argument("--width", type=runs.positive_int, default=64, help="channels near the image")
+    p.add_argument(
+        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
+    )
     p.add_argument("--lr", type=runs.positive_float, default=2e-4, help="learning rate")
     p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
     p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
@@ -80,7 +78,7 @@ def parse_args(argv=None):
         "--ema",
         type=runs.fraction,
         default=0.0,
-        help="decay of G's average, at most (step - 1) / (step + 9)",
+        help="draw by an average of G's weights with this decay, such as 0.999",
     )
     p.add_argument(
         "--diffaug",
@@ -340,7 +338,7 @@ def main(argv=None):
     opt_D = torch.optim.Adam(D.parameters(), lr=lr, betas=betas, fused=True)
 
     # The noise of all grids: they show how the same images change.
-    fixed_z = torch.randn(64, args.z_dim, device=args.device)
+    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     # What the tricks keep: the strength of the noise on images, earlier fakes, and G's average.
     fade = torch.ones((), device=args.device)
@@ -447,6 +445,7 @@ def main(argv=None):
         if save_due:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
+    runs.finish_run(args)
 
 
 if __name__ == "__main__":

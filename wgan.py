@@ -21,7 +21,7 @@ The run on MNIST in docs/results.md:
     python wgan.py --width 16 --lr 5e-4 --clip 0.03 --n-critic 1 --steps 20000
 """
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -32,14 +32,12 @@ import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(
-        prog="wgan.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    p = ArgumentParser(prog="wgan.py", description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=64, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
-    p.add_argument("--width", type=runs.positive_int, default=64, help="channels near the image")
+    p.add_argument(
+        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
+    )
     p.add_argument("--lr", type=runs.positive_float, default=5e-5, help="learning rate")
     p.add_argument("--momentum", type=runs.fraction, default=0.0, help="RMSprop's momentum")
     p.add_argument("--alpha", type=runs.fraction, default=0.99, help="RMSprop's alpha")
@@ -146,7 +144,7 @@ def main(argv=None):
     opt_D = torch.optim.RMSprop(D.parameters(), **settings)
 
     # The noise of all grids: they show how the same images change.
-    fixed_z = torch.randn(64, args.z_dim, device=args.device)
+    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     def d_step(x_real):
         """One update of D: minimise d_loss, with G fixed."""
@@ -213,6 +211,7 @@ def main(argv=None):
         if save_due:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
+    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,22 @@ import pickle
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from helpers import ROOT, SCRIPTS, checkpoint, picture_folder, train, write_cifar10, write_mnist
 
+import common
 import runs
 
 
 def tree():
     """Every path below this folder with what it holds."""
-    return {str(p): None if p.is_dir() else p.read_bytes() for p in sorted(Path().rglob("*"))}
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(Path().rglob("*"))}
 
 
 def refused(name, argv, capsys):
@@ -41,21 +44,28 @@ FLAGS = {
     "--image-size 48": "argument --image-size: invalid choice: ",
     "--image-size big": "argument --image-size: invalid int value: 'big'",
     **{
-        f"--{flag} 0": f"argument --{flag}: 0 is not a whole number from 1 to "
+        f"--{flag} 0": f"argument --{flag}: must be 1 or more, not 0"
         for flag in ("steps", "n-critic", "width", "log-every", "save-every", "generate", "z-dim")
     },
-    "--steps 1.5": "argument --steps: invalid positive_int value: '1.5'",
-    "--seed -1": "argument --seed: ",
-    "--seed 2147483648": "argument --seed: 2147483648 is not a whole number from 0 to 2^31 - 1",
-    "--lr 0": "argument --lr: 0 is not above 0",
-    "--lr nan": "argument --lr: nan is not a finite number",
-    "--beta1 1": "argument --beta1: 1 is not in [0, 1)",
-    "--device tpu": "argument --device: invalid choice: 'tpu'",
+    "--steps 1e3": "argument --steps: must be a whole number, not '1e3'",
+    "--seed -1": "argument --seed: must be 0 or more, not -1",
+    "--seed 2147483648": "argument --seed: must be less than 2^31, not 2147483648",
+    "--lr fast": "argument --lr: must be a number, not 'fast'",
+    "--lr 0": "argument --lr: must be above 0, not 0",
+    "--lr nan": "argument --lr: must be a finite number, not nan",
+    "--beta1 1": "argument --beta1: must be at least 0 and less than 1, not 1",
+    "--device tpu": "argument --device: tpu is not a device of this machine: choose from cpu",
     "--out-dir=": "argument --out-dir: the path is empty",
     "--dataset=": "argument --dataset: the path is empty",
     "--resume --generate 3": "argument --generate: not allowed with argument --resume",
     "--device cpu --cuda-graph": "--cuda-graph needs CUDA, and --device is cpu",
+    "--resume --overwrite": "--overwrite starts a new run: leave out --resume and --generate",
     "--epochs 3": "unrecognized arguments: --epochs",
+    "--cuda": "unrecognized arguments: --cuda",
+    "--out-dir file": "--out-dir file cannot be used: ",
+    "--out-dir file/below": "--out-dir file/below cannot be used: ",
+    "--out-dir nowhere/below": "--out-dir nowhere/below cannot be used: ",
+    f"--out-dir {'long' * 100}": "cannot be used: File name too long",
     "--tensorboard": "pip install tensorboard",
 }
 
@@ -63,6 +73,8 @@ FLAGS = {
 @pytest.mark.parametrize("flags", FLAGS)
 def test_bad_flags(flags, capsys, monkeypatch):
     monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)
+    Path("file").touch()
+    Path("nowhere").symlink_to("gone")
     line, code = refused("dcgan", flags.split(), capsys)
     assert code == 2 and line.startswith("dcgan.py: error: ") and FLAGS[flags] in line
 
@@ -93,20 +105,19 @@ def test_bad_flags_of_one_script(name, capsys):
 
 
 DATA = {
-    "--dataset imagenet": "imagenet is not a folder: --dataset is mnist, ",
-    "--dataset file": "file is not a folder",
-    "--dataset empty": "holds no images",
-    "--dataset texts": "holds no images",
-    "--dataset broken": "holds 3 image files, and none of them can be read",
+    "--dataset imagenet": "imagenet. --dataset is mnist, fashion-mnist, cifar10, digits (needs no ",
+    "--dataset CIFAR10": "or a folder of images. Did you mean cifar10?",
+    "--dataset file": "there is no folder ",
+    "--dataset empty": "no images found in ",
+    "--dataset texts": "no images found in ",
+    "--dataset broken": "broken: cannot read 3 images: cut.png (image file is truncated), ",
     "--data-dir cut": "MNIST cannot be read (",
-    "--data-dir half": "MNIST cannot be read (",
+    "--data-dir half": "raw/train-images-idx3-ubyte is missing, and the download failed (HTTP ",
     "--data-dir wrong": "MNIST cannot be read (",
     "--data-dir labels": "MNIST cannot be read (",
     "--data-dir label200": "MNIST cannot be read (ValueError: its labels do not match its images)",
-    "--data-dir none": "MNIST is missing, and the download failed (",
-    "--dataset cifar10 --data-dir cifar": "cifar-10-batches-py cannot be read (",
-    "--resume --out-dir none": "checkpoint.pt does not exist",
-    "--generate 3 --out-dir none": "checkpoint.pt does not exist",
+    "--data-dir none": "raw/train-images-idx3-ubyte is missing, raw/train-labels-idx1-ubyte is ",
+    "--dataset cifar10 --data-dir cifar": "cifar-10-batches-py: data_batch_1 is damaged, data_b",
 }
 
 
@@ -130,9 +141,15 @@ def test_missing_and_damaged_data(flags, capsys, monkeypatch):
     Path("label200", labels).write_bytes(Path("half", labels).read_bytes()[:-1] + bytes([200]))
     with pytest.MonkeyPatch.context() as m:
         write_cifar10("cifar", m)  # torchvision's own checksums are those of the real files
-    monkeypatch.setattr(urllib.request, "urlopen", None)  # no network
+
+    def forbidden(*_, **__):
+        raise urllib.error.HTTPError("http://here", 403, "Forbidden", {}, None)
+
+    monkeypatch.setattr(urllib.request, "urlopen", forbidden)
     line, code = refused("dcgan", ["--device", "cpu", *flags.split()], capsys)
     assert code == 1 and line.startswith("error: ") and DATA[flags] in line
+    advises_deletion = "delete the folder to download it again" in line
+    assert advises_deletion == ("MNIST cannot be read" in line), "whole files are never to blame"
 
 
 def edit(change):
@@ -146,6 +163,16 @@ def edit(change):
     return write
 
 
+def change_a_bit(path):
+    """One bit of one weight."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGED = "checkpoint.pt is damaged, or not a checkpoint"
+
+
 class Mark:
     """What would leave a mark if it were unpickled."""
 
@@ -154,18 +181,38 @@ class Mark:
 
 
 CHECKPOINTS = {
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "cannot be read as a"),
-    "empty": (lambda path: path.write_bytes(b""), "cannot be read as a checkpoint"),
-    "text": (lambda path: path.write_text("hello"), "cannot be read as a checkpoint"),
-    "a program": (lambda path: path.write_bytes(pickle.dumps(Mark())), "cannot be read as a"),
-    "a newer program": (lambda path: torch.save(Mark(), path), "cannot be read as a checkpoint"),
-    "another dict": (lambda path: torch.save({"G": {}}, path), "cannot be read as a checkpoint"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:5000]), DAMAGED),
+    "one bit": (change_a_bit, "the checksum of archive/data/[0-9]+ is wrong"),
+    "empty": (lambda path: path.write_bytes(b""), DAMAGED),
+    "text": (lambda path: path.write_text("hello"), DAMAGED),
+    "a folder": (lambda path: path.unlink() or path.mkdir(), "checkpoint.pt cannot be read: Is a"),
+    "a program": (lambda path: path.write_bytes(pickle.dumps(Mark())), DAMAGED),
+    "a newer program": (lambda path: torch.save(Mark(), path), DAMAGED),
+    "another dict": (lambda path: torch.save({"G": {}}, path), "is not a checkpoint of this"),
+    "another type": (edit(lambda saved: saved.update(step="5")), "is not a checkpoint of this"),
+    "other data": (edit(lambda saved: saved["data"].pop("classes")), "is not a checkpoint of this"),
     "another script's": (
         edit(lambda saved: saved["args"].update(script="wgan")),
         "checkpoint.pt was written by wgan.py, not by dcgan.py",
     ),
-    "a part missing": (edit(lambda saved: saved["state"]["G"].popitem()), "does not fit these"),
-    "no optimiser": (edit(lambda saved: saved["state"].pop("opt_D")), "does not fit these"),
+    "a weight missing": (
+        edit(lambda saved: saved["state"]["G"].popitem()),
+        "fit: in its G, shapes",
+    ),
+    "a text": (edit(lambda saved: saved["state"].update(D="D")), "does not fit: in its D, shapes"),
+    "no optimiser": (edit(lambda saved: saved["state"].pop("opt_D")), "fit: in its opt_D, shapes"),
+    "other moments": (
+        edit(lambda saved: saved["state"]["opt_G"]["state"][0].update(exp_avg=torch.zeros(3))),
+        "does not fit: in its opt_G, shapes differ",
+    ),
+    "more moments": (
+        edit(lambda saved: saved["state"]["opt_D"]["state"].update({99: {}})),
+        "does not fit: in its opt_D, shapes differ",
+    ),
+    "not a number": (
+        edit(lambda saved: saved["state"]["G"]["net.0.weight"].fill_(float("nan"))),
+        "checkpoint.pt is damaged: G is not finite",
+    ),
 }
 
 
@@ -187,12 +234,12 @@ def test_resume_names_the_flag_that_differs_and_the_way_that_works(capsys):
     train("dcgan", "run", "--steps", 5)
     argv = ["--out-dir", "run", "--resume", "--steps", "9", "--lr", "1e-5"]
     line, code = refused("dcgan", argv, capsys)
-    assert code == 2 and "--lr is 1e-05, but the run has 0.0002: " in line
+    assert code == 2 and "--resume cannot change --lr: the run has 0.0002, not 1e-05. " in line
     assert f"--init {Path('run', 'checkpoint.pt')}" in line
     line, code = refused(
         "dcgan", ["--out-dir", "run", "--resume", "--steps", "9", "--seed", "1"], capsys
     )
-    assert code == 2 and "--seed is 1, but the run has 0: " in line
+    assert code == 2 and "--resume cannot change --seed: the run has 0, not 1. " in line
 
 
 def test_resume_of_a_finished_run_says_so(capsys):
@@ -201,11 +248,63 @@ def test_resume_of_a_finished_run_says_so(capsys):
     assert code == 2 and "run is already at step 5: raise --steps" in line
 
 
-def test_a_run_is_never_overwritten(capsys):
+def test_a_new_run_needs_an_empty_folder(capsys):
+    """Anything but a hidden file is in its way, also a log or an args.json of something else."""
     train("dcgan", "run", "--steps", 5)
-    argv = ["--dataset", "pictures", "--out-dir", "run"]
-    line, code = refused("dcgan", argv, capsys)
-    assert code == 2 and "run holds a run: --resume it, or choose another --out-dir" in line
+    argv = ["--dataset", "pictures", "--out-dir"]
+    line, code = refused("dcgan", [*argv, "run"], capsys)
+    message = "run holds a run: --resume it, --overwrite it, or choose another --out-dir"
+    assert code == 2 and message in line
+    for k, name in enumerate(("args.json", "log.csv", "samples/cat.png", "notes.txt")):
+        file = Path(f"mine{k}", name)
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+        line, code = refused("dcgan", [*argv, f"mine{k}"], capsys)
+        message = f"mine{k} is not empty: choose another --out-dir, or --overwrite the run in it"
+        assert code == 2 and message in line
+    Path("hidden").mkdir()
+    Path("hidden/.DS_Store").touch()
+    train("dcgan", "hidden", "--steps", 1)
+
+
+def test_a_folder_that_fills_up_while_the_data_is_loaded():
+    picture_folder(Path("pictures"))
+
+    def load_data(args, load_data=common.load_data):
+        Path("run").mkdir()
+        Path("run/checkpoint.pt").write_text("another's")
+        return load_data(args)
+
+    message = "error: run holds a run: --resume it"
+    patch = mock.patch.object(common, "load_data", load_data)
+    with patch, pytest.raises(SystemExit, match=message):
+        train("dcgan", "run", "--steps", 1, data="pictures")
+    assert Path("run/checkpoint.pt").read_text() == "another's"
+
+
+def test_a_folder_without_permission(capsys, monkeypatch):
+    Path("locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+    line, code = refused("dcgan", ["--out-dir", "locked/run"], capsys)
+    assert code == 2 and "--out-dir locked/run cannot be used: no permission to write to" in line
+
+
+def test_without_a_run_the_others_are_named(capsys):
+    train("dcgan", "runs/dcgan-pictures", "--steps", 1)
+    train("dcgan", "runs/second", "--steps", 1)
+    for flags in (["--resume"], ["--generate", "3"]):
+        line, code = refused("dcgan", flags, capsys)
+        runs_there = ", ".join(str(Path("runs", name)) for name in ("dcgan-pictures", "second"))
+        message = f"{Path('runs', 'dcgan-mnist')} holds no run: set --out-dir, for example to "
+        assert code == 2 and message + runs_there in line
+    line, code = refused("dcgan", ["--resume", "--out-dir", "elsewhere/run"], capsys)
+    assert code == 2 and line.endswith("holds no run\n")
+
+
+def test_cuda_without_cuda(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line, code = refused("dcgan", ["--device", "cuda"], capsys)
+    assert code == 2 and f"PyTorch {torch.__version__} sees no CUDA GPU on this machine" in line
 
 
 def test_resume_says_how_the_data_differs(capsys):
@@ -216,19 +315,18 @@ def test_resume_says_how_the_data_differs(capsys):
     assert "pictures: number is 3, but the run in run has 2" in capsys.readouterr().err
     before = checkpoint("run")["step"]
     os.rename("pictures/class0", "pictures/class7")
-    with pytest.raises(
-        SystemExit, match=r"classes is \['class1', 'class7'\], but the run in run has "
-    ):
+    message = "classes is class1, class7, but the run in run has class0, class1"
+    with pytest.raises(SystemExit, match=message):
         train("dcgan", "run", "--steps", 7, "--resume")
     write_mnist("data")
-    with pytest.raises(SystemExit, match=r"does not fit these networks.*: number 3, channels 3"):
+    with pytest.raises(SystemExit, match=r"does not fit: in its G, .*\(channels is 3, not 1\)"):
         train("dcgan", "run", "--steps", 7, "--resume", data="mnist")
     assert checkpoint("run")["step"] == before
 
 
 def test_init_names_what_does_not_fit():
     train("dcgan", "run", "--steps", 5)
-    with pytest.raises(SystemExit, match=r"does not fit these networks.*: width 8"):
+    with pytest.raises(SystemExit, match=r"does not fit: in its G, .*\(width is 8, not 12\)"):
         train("dcgan", "new", "--steps", 5, "--init", "run/checkpoint.pt", "--width", 12)
     with pytest.raises(SystemExit, match=r"was written by dcgan\.py, not by wgan\.py"):
         train("wgan", "new", "--steps", 5, "--init", "run/checkpoint.pt")
@@ -270,9 +368,22 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
 
     calls = []
     monkeypatch.setattr(torch.optim.Adam, "step", breaks_at_the_end)
-    with pytest.raises(SystemExit, match="a weight of G is not finite at step 10"):
+    with pytest.raises(SystemExit, match="G is not finite at step 10: try a lower --lr"):
         train("dcgan", "run", "--steps", 20)
     assert checkpoint("run")["step"] == 5
+
+
+def test_moments_that_are_not_finite_are_not_saved(monkeypatch):
+    step = torch.optim.Adam.step
+
+    def breaks(self, *args):
+        step(self, *args)
+        next(iter(self.state.values()))["exp_avg_sq"].fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.Adam, "step", breaks)
+    with pytest.raises(SystemExit, match="opt_G is not finite at step 5: try a lower --lr"):
+        train("dcgan", "run", "--steps", 20)
+    assert not Path("run/checkpoint.pt").exists()
 
 
 def test_as_a_program():
@@ -283,9 +394,11 @@ def test_as_a_program():
     assert done.stderr.startswith("error: ") and not list(Path().iterdir())
 
 
-def test_help_shows_every_default(capsys):
+def test_help_shows_the_defaults(capsys):
     with pytest.raises(SystemExit):
         SCRIPTS["wgan"].parse_args(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     for default in ["64", "5e-05", "0.99", "0.01", "mnist", "20000"]:
         assert f"(default: {default})" in out
+    assert "None" not in out and "False" not in out
+    assert "example: python wgan.py " in out

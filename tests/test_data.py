@@ -1,8 +1,11 @@
 """Data in, pictures out: the loaders on small files in the real formats, minibatches, grids and
 generated images."""
 
+import re
+import struct
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -128,15 +131,78 @@ def test_16_bits_are_divided_by_257_and_32_bits_and_floats_are_skipped(capsys):
     Path("pictures/c.pgm").write_bytes(b"P5 16 16 65535\n" + ramp.astype(">u2").tobytes())
     save("pictures/d.tif", Image.fromarray(ramp.astype(np.int32)))
     save("pictures/e.tif", Image.fromarray(ramp.astype(np.float32)))
-    floats = ramp.astype("<f4") / 65535
-    Path("pictures/f.pfm").write_bytes(b"Pf\n16 16\n-1.0\n" + floats.tobytes())
     data = load("pictures", 16)
     assert data.number == 3
     for image in data.images[:, 0].numpy():
         assert np.abs(image.astype(int) - ramp // 257).max() <= 1
     said = capsys.readouterr().err
-    reason = "cannot be read (damaged, too large, or with 32-bit or float pixels)"
-    assert f"3 images {reason}: d.tif, e.tif, f.pfm" in said
+    reason = "(ValueError: pixels are signed 16-bit, 32-bit or float, whose range is unknown)"
+    assert f"warning: cannot read 2 images: d.tif {reason}, e.tif {reason}\n" in said
+
+
+def write_tiff(path, pixels, bits, white_is_zero=False, signed=False):
+    """A grey TIFF of 16x16 pixels, uncompressed, with these bytes."""
+    tags = {256: 16, 257: 16, 258: bits, 259: 1, 262: 0 if white_is_zero else 1, 273: 8}
+    tags |= {277: 1, 278: 16, 279: len(pixels), 339: 2 if signed else 1}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    header = b"II*\0" + struct.pack("<I", 8 + len(pixels))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + pixels + struct.pack("<H", len(tags)) + table + bytes(4))
+
+
+def test_rare_pixels_come_out_right_or_are_reported(capsys, monkeypatch):
+    """Pillow itself would make them nearly black, inverted, opaque, or turned."""
+    folder = Path("pictures")
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    write_tiff(folder / "12bit.tif", bytes(16 * 16 * 3 // 2), bits=12)
+    write_tiff(folder / "inverted.tif", (ramp * 257).tobytes(), bits=16, white_is_zero=True)
+    write_tiff(folder / "signed.tif", (ramp * 100).tobytes(), bits=16, signed=True)
+    write_tiff(folder / "right.tif", (ramp * 257).tobytes(), bits=16)
+    save(folder / "see-through.png", Image.fromarray(ramp * 257), transparency=7 * 257)
+    profile = bytes(2**21)
+    save(folder / "profile.png", Image.fromarray(ramp.astype(np.uint8)), icc_profile=profile)
+    save(folder / "turned.jp2", Image.fromarray(picture(0)))
+    with (folder / "turned.jp2").open("ab") as f:
+        f.write(struct.pack(">I", 60) + b"uuid" + b"JpgTiffExif->JP2" + bytes(36))
+    (folder / "phone.heic").write_bytes(b"ftypheic")
+    save(folder / "private.png", Image.fromarray(picture(0)))
+
+    def no_permission(file, open=Image.open):
+        if Path(file).name == "private.png":
+            raise PermissionError(13, "Permission denied")
+        return open(file)
+
+    monkeypatch.setattr(Image, "open", no_permission)
+    images = load(folder, 16).images[:, 0].numpy().astype(int)
+    see_through = np.where(ramp == 7, 255, ramp)
+    for image, expected in zip(images, (ramp, ramp, see_through), strict=True):
+        assert np.abs(image - expected).max() <= 1
+    results = {file.name: common.try_to_decode(file, 16) for file in folder.iterdir()}
+    assert {name: why for name, why in results.items() if isinstance(why, str)} == {
+        "12bit.tif": "ValueError: pixels have 12 bits",
+        "inverted.tif": "ValueError: pixels have 16 bits, with 0 for white",
+        "phone.heic": "Pillow does not read .heic files",
+        "private.png": "Permission denied",
+        "signed.tif": "ValueError: pixels are signed 16-bit, 32-bit or float, "
+        "whose range is unknown",
+        "turned.jp2": "ValueError: JPEG 2000 with EXIF",
+    }
+    said = capsys.readouterr().err
+    assert "warning: cannot read 6 images: 12bit.tif (ValueError: pixels have 12 bits), " in said
+    assert said.endswith(" and 3 more\n")
+
+
+def test_no_memory_is_not_a_damaged_image(monkeypatch):
+    picture_folder(Path("pictures"))
+    monkeypatch.setattr(common, "decode_image", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        load("pictures", 16)
+
+
+def test_too_many_images_for_the_memory():
+    message = "100,000,000,000 images of 3x1024x1024 need 292,968,750.0 GiB of memory: choose a"
+    with pytest.raises(SystemExit, match=message):
+        common.empty_images(10**11, 3, 1024)
 
 
 def test_transparency_is_white_and_orientation_is_applied():
@@ -167,24 +233,30 @@ def test_shorter_side_and_centre():
 def test_classes_are_the_subfolders_and_what_is_left_out_is_named(capsys):
     folder = picture_folder(Path("pictures"), (0, 1), classes=True)
     save(folder / "class1/deeper/a.png", Image.fromarray(picture(0)))
+    save(folder / "class2/deeper/a.png", Image.fromarray(picture(1)))
     save(folder / "loose.png", Image.fromarray(picture(0)))
     save(folder / ".hidden/b.png", Image.fromarray(picture(0)))
     (folder / "class0" / "text.png").write_text("not an image")
     (folder / "class0" / "notes.txt").touch()
+    (folder / "class0" / "readme").touch()
     (folder / "broken").mkdir()
     (folder / "broken" / "cut.png").write_bytes((folder / "loose.png").read_bytes()[:60])
     (folder / "empty").mkdir()
     data = load("pictures", 16)
-    assert data.labels.tolist() == [0, 1] and data.classes == ["class0", "class1"]
-    assert np.array_equal(data.images[1].permute(1, 2, 0), picture(1))
-    first, unreadable, ignored = capsys.readouterr().err.splitlines()
-    assert first == "run: 2 images of 3x16x16 from pictures, 2 classes: class0, class1"
-    assert unreadable.startswith("warning: 2 images cannot be read")
-    assert unreadable.endswith(": broken/cut.png, class0/text.png")
-    assert ignored.startswith(
-        "warning: 5 files and folders are ignored: broken, class0/notes.txt, "
-    )
-    assert ignored.endswith("class1/deeper, empty, loose.png")
+    assert data.labels.tolist() == [0, 1, 1, 2] and data.classes == ["class0", "class1", "class2"]
+    for image, kind in zip(data.images, (0, 0, 1, 1), strict=True):
+        assert np.array_equal(image.permute(1, 2, 0), picture(kind))
+    first, *warnings = capsys.readouterr().err.splitlines()
+    assert first.startswith("run on cpu")
+    assert first.endswith("4 images of 3x16x16 from pictures, 3 classes: class0, class1, class2")
+    unknown = "not an image that Pillow knows, or damaged"
+    cut = "image file is truncated"
+    assert warnings == [
+        "warning: ignored 1 image beside the class folders: loose.png",
+        "warning: ignored 2 files without the ending of an image: class0/notes.txt, class0/readme",
+        f"warning: cannot read 2 images: broken/cut.png ({cut}), class0/text.png ({unknown})",
+        "warning: ignored 2 subfolders without a readable image: broken, empty",
+    ]
 
 
 def test_a_folder_is_flat_where_more_of_its_images_are(capsys):
@@ -193,14 +265,36 @@ def test_a_folder_is_flat_where_more_of_its_images_are(capsys):
         save(folder / f"loose{k}.png", Image.fromarray(picture(0)))
     data = load("pictures", 16)
     assert data.number == 3 and data.classes == []
-    assert "ignored: class0, class0/picture.png, class1, " in capsys.readouterr().err
+    message = "ignored 2 images in subfolders: class0/picture.png, class1/picture.png"
+    assert message in capsys.readouterr().err
 
 
-def test_the_first_line_names_the_runs_folder_and_the_data(capsys):
+@pytest.mark.parametrize("names", [["train", "val"], ["images"]])
+def test_class_folders_one_level_deeper_are_named(names):
+    for name in names:
+        picture_folder(Path("pictures", name), (0, 1), classes=True)
+    folder = re.escape(str(Path("pictures", names[0])))
+    with pytest.raises(SystemExit, match=f"{folder} has 2 class folders: use it as --dataset"):
+        load("pictures", 16)
+
+
+def test_train_and_test_are_classes_with_a_warning(capsys):
+    picture_folder(Path("pictures/train"), (0,))
+    picture_folder(Path("pictures/test"), (1,))
+    assert load("pictures", 16).classes == ["test", "train"]
+    message = "warning: pictures: the subfolders test, train are taken for classes"
+    assert message in capsys.readouterr().err
+
+
+def test_the_first_line_names_the_folder_the_device_and_the_data(capsys, monkeypatch):
     write_mnist("data")
     load("mnist")
-    line = "run: 20 images of 1x32x32 from mnist, 10 classes: 0 - zero, 1 - one"
-    assert capsys.readouterr().err.startswith(line)
+    data = "20 images of 1x32x32 from mnist, 10 classes: 0 - zero, 1 - one"
+    assert capsys.readouterr().err.startswith(f"run on {common.device_name('cpu')}: {data}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert common.device_name("cpu") == "cpu (PyTorch sees no GPU)"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
+    assert common.device_name("cuda:1") == "cuda:1 (name of cuda:1)"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -237,16 +331,28 @@ def test_generated_images_do_not_reuse_the_numbers_of_the_weights():
     assert not torch.isin(drawn[0], weights).any()
 
 
-def test_generated_images_are_clamped_and_never_overwritten():
+def test_generated_images_are_clamped_and_never_overwritten(capsys):
     args = SimpleNamespace(out_dir="run", generate=3, seed=0)
     Path("run").mkdir()
     values = torch.tensor([-1.5, 0.0, 1.5])[:, None, None, None].expand(3, 3, 4, 4)
     common.generate(args, lambda n: values)
     images = images_in("run/generated")
     assert [int(image[0, 0, 0]) for image in images.values()] == [0, 128, 255]
-    with pytest.raises(SystemExit, match="generated exists: move or delete it"):
-        common.generate(args, lambda n: -values)
+    common.generate(args, lambda n: -values)
+    common.generate(args, lambda n: -values)
     assert same_images(images, images_in("run/generated"))
+    again = images_in("run/generated-3")
+    assert [int(image[0, 0, 0]) for image in again.values()] == [255, 128, 0]
+    assert capsys.readouterr().err.endswith(str(Path("run", "generated-3")) + "\n")
+
+
+@pytest.mark.parametrize("image_size, number", [(32, 64), (128, 64), (256, 16), (1024, 4)])
+def test_grids_of_large_images_have_fewer(image_size, number):
+    args = SimpleNamespace(out_dir="run", tensorboard=False, image_size=image_size)
+    assert common.grid_size(args) == number
+    common.save_grid(args, 3, torch.zeros(number, 1, image_size, image_size))
+    width, height = Image.open("run/samples/000003.png").size
+    assert width == height and 512 <= width <= 2054
 
 
 def test_grids_map_minus_one_to_black_and_one_to_white():

@@ -114,15 +114,14 @@ def test_a_new_flag_does_not_change_an_older_run(capsys):
     torch.save(saved, "run/checkpoint.pt")
     with pytest.raises(SystemExit):
         train("gan", "run", "--steps", 10, "--resume", "--saturating")
-    assert "--saturating is True, but the run has False" in capsys.readouterr().err
+    message = "--resume cannot change --saturating: the run has False, not True"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_on_cuda_optimisers_count_their_steps_on_the_gpu(device):
     optimiser = torch.optim.RMSprop([torch.zeros(1)])
-    args = SimpleNamespace(out_dir="run", device=device, generate=None, resume=False, init=None)
-    args.batch_size = 1
-    runs.start_run(args, common.Data(1, 1, []), {"opt": optimiser})
+    runs.prepare_optimisers(SimpleNamespace(device=device), {"opt": optimiser})
     assert optimiser.param_groups[0]["capturable"] is (device == "cuda")
 
 
@@ -197,23 +196,81 @@ def test_a_write_that_fails_leaves_the_old_file():
     assert file.read_bytes() == b"new" and [p.name for p in Path().iterdir()] == ["file"]
 
 
-def test_an_unfinished_start_is_cleared(monkeypatch):
-    """A run that ended before its first checkpoint is not in the way of the next one."""
+def test_overwrite_deletes_the_files_of_the_run_and_no_others(monkeypatch):
+    """Also those of a run that ended before its first checkpoint."""
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(runs, "save_checkpoint", mock.Mock(side_effect=KeyboardInterrupt))
         train("dcgan", "run", "--steps", 20, "--log-every", 2)
     assert len(log_rows("run")) == 3 and len(list(Path("run/samples").iterdir())) == 2
-    train("dcgan", "run", "--steps", 20, "--save-every", 10)
+    others = ["notes.txt", "samples/cat.png", "samples/1.png", "generated/000000.png"]
+    for name in others:
+        Path("run", name).parent.mkdir(exist_ok=True)
+        Path("run", name).write_text("mine")
+    train("dcgan", "run", "--steps", 20, "--save-every", 10, "--overwrite")
+    for name in others:
+        assert Path("run", name).read_text() == "mine"
+        Path("run", name).unlink()
     train("dcgan", "whole", "--steps", 20, "--save-every", 10)
     assert_same_run("run", "whole")
 
 
-def test_a_log_that_is_not_of_a_run_stays():
-    Path("run").mkdir()
-    Path("run/log.csv").write_text("mine")
-    with pytest.raises(SystemExit, match="that no run wrote: choose another --out-dir"):
-        train("dcgan", "run", "--steps", 5)
-    assert Path("run/log.csv").read_text() == "mine"
+def test_a_new_run_can_begin_with_the_networks_that_it_overwrites():
+    train("dcgan", "run", "--steps", 5)
+    before = checkpoint("run")["state"]["G"]
+    init = ["--init", "run/checkpoint.pt", "--overwrite", "--lr", 1e-12]
+    train("dcgan", "run", "--steps", 1, *init)
+    after = checkpoint("run")["state"]["G"]
+    assert torch.allclose(before["net.0.weight"], after["net.0.weight"], atol=1e-9)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks a process")
+def test_one_process_at_a_time_trains_in_a_folder():
+    """The other gets one line; the folder is free again when the run has ended, or was killed."""
+    train("dcgan", "run", "--steps", 1)
+    resume = ["--steps", 10**6, "--save-every", 1, "--resume"]
+    child = in_child(lambda: train("dcgan", "run", *resume))
+    while checkpoint("run")["step"] == 1:
+        time.sleep(0.01)
+    for flags in (resume, ["--overwrite"]):
+        with pytest.raises(SystemExit, match="another process is training in run: choose another"):
+            train("dcgan", "run", *flags)
+    child.kill()
+    child.join()
+    step = checkpoint("run")["step"] + 1
+    train("dcgan", "run", "--steps", step, "--resume")
+    assert checkpoint("run")["step"] == step
+
+
+def test_the_last_line_names_the_last_grid_and_the_way_on(capsys):
+    train("dcgan", "run", "--steps", 7)
+    line = f"done: {Path('run', 'samples', '000007.png')} (to train on, add --resume --steps 14)"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+
+def test_resume_keeps_what_somebody_else_wrote_into_the_log():
+    train("dcgan", "run", "--steps", 10)
+    file = Path("run/log.csv")
+    rows = file.read_bytes().splitlines(keepends=True)
+    mine = [b"a note\r\n", b"\n", b"\0\0\0"]
+    file.write_bytes(b"".join([*rows[:2], *mine[:2], rows[2], b"11,1.5,9\n", mine[2]]))
+    train("dcgan", "run", "--steps", 15, "--resume")
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert lines[:6] == [*rows[:2], *mine[:2], rows[2], mine[2] + b"\n"]
+    assert len(lines) == 7 and lines[6].startswith(b"15,")
+
+
+def test_a_log_that_cannot_be_written_for_a_moment_does_not_end_the_run(monkeypatch, capsys):
+    def locked_at_step_5(file, mode="r", *rest, **options):
+        if str(file).endswith("log.csv") and mode == "a" and not failed:
+            failed.append(file)
+            raise PermissionError(13, "Permission denied")
+        return open(file, mode, *rest, **options)
+
+    failed = []
+    monkeypatch.setattr(runs, "open", locked_at_step_5, raising=False)
+    train("dcgan", "run", "--steps", 10)
+    assert "log.csv cannot be written, so that it has no row of step 5" in capsys.readouterr().err
+    assert [row["step"] for row in log_rows("run")] == [10]
 
 
 def test_init_begins_a_new_run_with_the_networks_of_another():
@@ -225,7 +282,7 @@ def test_init_begins_a_new_run_with_the_networks_of_another():
     assert same(new.G.state_dict(), saved["G"]) and same(new.D.state_dict(), saved["D"])
     assert not new.opt_G.state and not torch.equal(new.fixed_z, saved["fixed_z"])
     assert new.opt_G.param_groups[0]["lr"] == 1e-5
-    train("dcgan", "new", "--steps", 5, *init, "--lr", 1e-5)
+    train("dcgan", "new", "--steps", 5, *init, "--lr", 1e-5, "--overwrite")
     assert checkpoint("new")["step"] == 5 and len(log_rows("new")) == 1
 
 
@@ -275,8 +332,13 @@ def test_generate_one_label():
     train("cgan", "run", "--steps", 5)
     images = generate("cgan", 3, "--label", 1)
     assert list(images) == [f"{i:06d}_class1.png" for i in range(3)]
-    with pytest.raises(SystemExit, match="--label is 2: the classes are 0 to 1"):
-        generate("cgan", 3, "--label", 2)
+    by_name = generate("cgan", 3, "--label", "class1")
+    assert list(by_name) == list(images)
+    for label in ("2", "b"):
+        with pytest.raises(
+            SystemExit, match=f"--label is {label}: the classes are class0, class1 "
+        ):
+            generate("cgan", 3, "--label", label)
     with pytest.raises(SystemExit):
         SCRIPTS["cgan"].parse_args(["--label", "1"])
 
@@ -321,7 +383,8 @@ def test_the_default_device_is_the_gpu(name, monkeypatch):
 
 
 def test_mps_is_accepted_where_there_is_one(monkeypatch):
-    assert "mps" not in runs.available_devices()
+    with pytest.raises(SystemExit):
+        SCRIPTS["dcgan"].parse_args(["--device", "mps"])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert SCRIPTS["dcgan"].parse_args(["--device", "mps"]).device == "mps"
     assert SCRIPTS["dcgan"].parse_args([]).device == "cpu"

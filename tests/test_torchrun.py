@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(both):
 
 def test_rank_0_alone_prints_and_writes(both):
     _, folder, printed = both
-    assert printed.count("dcgan: 2 images of 3x16x16") == 1
+    assert len(re.findall(r"dcgan on cpu.*: 2 images of 3x16x16", printed)) == 1
+    assert printed.count(str(Path("done: dcgan", "samples", "000003.png"))) == 1
     assert printed.count("| 0/3 [00:00<?") == len(SCRIPTS), "a bar each"
     assert len(list(folder.glob("dcgan/samples/*.png"))) == 2
     rows = (folder / "dcgan" / "log.csv").read_text().splitlines()
@@ -106,7 +108,16 @@ def test_the_batch_size_is_the_total_and_one_process_can_go_on(both, tmp_path, c
 )
 def test_what_torchrun_cannot_do(flags, message, monkeypatch, capsys):
     train("dcgan", "run", "--steps", 1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    environment = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
         dcgan.parse_args(flags.split())
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_a_cluster_sets_does_not_make_several_processes(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train("dcgan", "run", "--steps", 2)
+    assert checkpoint("run")["step"] == 2

@@ -70,7 +70,7 @@ def half_of_a_batch():
 
 
 FLAGS = {"device": "cpu", "generate": None, "resume": False, "init": None, "seed": 0}
-FLAGS |= {"script": "dcgan", "batch_size": HALF}
+FLAGS |= {"script": "dcgan", "batch_size": HALF, "overwrite": False}
 start_run = runs.start_run
 runs.start_run = watched_start_run
 results = {}
