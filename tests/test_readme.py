@@ -1,11 +1,9 @@
-"""What README and docs tell a reader to do, done: snippets, commands, and a script copied away."""
+"""What README and docs tell a reader to do, done: snippets and commands."""
 
 import importlib.util
 import itertools
 import re
-from pathlib import Path
 
-import pytest
 from helpers import NAMES, ROOT, SCRIPTS, train
 from PIL import Image
 
@@ -44,40 +42,6 @@ def test_commands_have_flags_that_exist():
             SCRIPTS[name].parse_args(argv)
             parsed += 1
     assert parsed > 15
-
-
-def replacements():
-    """The rows of README's table: what stands in a script, and what in a copy."""
-    table = (ROOT / "README.md").read_text("utf-8").partition("| in your copy |")[2]
-    rows = re.findall(r"^\| (`.*?) \| ?(.*?) ?\|$", table, re.M)
-    for left, right in rows:
-        yield re.findall(r"`(.*?)`", left), re.findall(r"`(.*?)`", right)
-
-
-@pytest.mark.parametrize("name", ["gan", "dcgan", "lsgan", "wgan", "wgan_gp", "sngan"])
-def test_a_copied_script_runs_without_common(name):
-    text = (ROOT / f"{name}.py").read_text("utf-8")
-    for old, new in replacements():
-        for snippet in old:
-            assert snippet in text or "float" in snippet or "fraction" in snippet
-            lines = []
-            for line in text.splitlines():
-                indent = line[: len(line) - len(line.lstrip())]
-                if snippet in line and new:
-                    # The first line takes the place of the snippet, further ones come after it.
-                    lines.append(line.replace(snippet, new[0]))
-                    lines += [indent + more for more in new[1:]]
-                elif snippet not in line:
-                    lines.append(line)
-            text = "\n".join(lines)
-    assert "common" not in text and "runs." not in text
-    text = text.replace("steps=20_000", "steps=3").replace("save_every=500", "save_every=2")
-    Path("copied.py").write_text(text, "utf-8")
-    spec = importlib.util.spec_from_file_location("copied", "copied.py")
-    copied = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copied)
-    copied.main(["--width", "8", "--batch-size", "4", "--z-dim", "6"])
-    assert {p.name for p in Path().iterdir()} >= {"0.png", "2.png", "3.png", "checkpoint.pt"}
 
 
 def test_every_script_has_its_row():

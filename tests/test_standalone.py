@@ -1,0 +1,83 @@
+"""The copy test: each script as one file, written by tools/standalone.py, trains as it does in the
+collection."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import standalone
+import torch
+from helpers import NAMES, ROOT, checkpoint, picture_folder, same, train, write_mnist
+
+COPIED = (*NAMES, "ebgan", "began", "progan", "stylegan2")
+FLAGS = "--image-size 16 --width 8 --batch-size 4 --z-dim 6 --steps 2 --seed 3 --device cpu"
+
+# Runs the files that are named on its command line as programs, one after the other.
+RUN_ALL = """
+import runpy, sys
+files, flags = sys.argv[1].split(","), sys.argv[2:]
+for file in files:
+    sys.argv = [file, *flags, "--out-dir", file.removesuffix(".py")]
+    runpy.run_path(file, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """A folder with the copies, trained for two steps on MNIST's files in an isolated Python."""
+    folder = tmp_path_factory.mktemp("copies")
+    write_mnist(folder / "data")
+    for name in COPIED:
+        standalone.main([f"{name}.py", str(folder / f"{name}.py")])
+    command = [sys.executable, "-I", "-c", RUN_ALL, ",".join(f"{name}.py" for name in COPIED)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *FLAGS.split()], cwd=folder, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_a_copy_trains_as_the_script_does(name, copies):
+    train(name, "run", *FLAGS.split(), "--data-dir", copies / "data", data="mnist", small="")
+    copied = torch.load(copies / name / "weights.pt", weights_only=True)
+    ours = checkpoint("run")["state"]
+    assert same(copied["G"], ours["G"]) and same(copied["D"], ours["D"])
+    assert [file.name for file in (copies / name).glob("*.png")] == ["000002.png"]
+
+
+@pytest.mark.skipif(shutil.which("ruff") is None, reason="needs ruff")
+def test_the_copies_are_formatted_and_without_leftovers(copies):
+    for command in (["check"], ["format", "--check"]):
+        ruff = ["ruff", *command, "--config", str(ROOT / "pyproject.toml"), str(copies)]
+        done = subprocess.run(ruff, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_a_copy_reads_a_folder_of_class_folders(copies, monkeypatch):
+    picture_folder(Path("pictures"), (0, 1), classes=True)
+    monkeypatch.syspath_prepend(copies)
+    monkeypatch.delitem(sys.modules, "cgan")
+    import cgan
+
+    args = cgan.parse_args(["--dataset", "pictures", "--image-size", "32", "--device", "cpu"])
+    images, labels = cgan.load_data(args)
+    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
+    assert labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("tricks.py mine.py", "tricks.py uses more of common.py and runs.py than this can replace"),
+        ("nothing.py mine.py", "nothing.py is not a script of this collection"),
+        ("dcgan.py there.py", "there.py exists: choose another name"),
+    ],
+)
+def test_what_cannot_be_copied(argv, message):
+    Path("there.py").write_text("mine")
+    with pytest.raises(SystemExit, match=message):
+        standalone.main(argv.split())
+    assert Path("there.py").read_text() == "mine" and not Path("mine.py").exists()
