@@ -30,7 +30,7 @@ It runs on the CPU, which is enough for networks of this size.
 import csv
 import functools
 import math
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
 import torch
@@ -75,7 +75,9 @@ def parse_args(argv=None):
     p = ArgumentParser(
         prog="eight_gaussians.py",
         description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
+        usage=SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=runs.HelpFormatter,
     )
     p.add_argument("--only", choices=LOSSES, help="train with this loss alone")
     p.add_argument("--modes", type=runs.positive_int, default=8, help="Gaussians on the circle")
@@ -84,10 +86,14 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=runs.positive_float, default=1e-3, help="learning rate")
     p.add_argument("--steps", type=runs.positive_int, default=3000, help="updates of G")
     p.add_argument("--seed", type=runs.non_negative_int, default=0, help="of all random numbers")
-    p.add_argument("--out-dir", type=Path, default="runs/eight_gaussians", help="for the results")
+    p.add_argument("--out-dir", type=runs.path, default="runs/eight_gaussians", help="for results")
+    p.add_argument("--overwrite", action="store_true", help="replace the results in --out-dir")
     args = p.parse_args(argv)
-    if (args.out_dir / "table.csv").exists():
-        p.error(f"{args.out_dir} holds results: choose another --out-dir")
+    runs.check_writable(p, args.out_dir)
+    if runs.is_used(args.out_dir) and not args.overwrite:
+        p.error(
+            f"{args.out_dir} is not empty: choose another --out-dir, or --overwrite its results"
+        )
     return args
 
 
@@ -276,11 +282,12 @@ def main(argv=None):
     for row in rows:
         print("{:15} {:>6} {:>13} {:>7}".format(*row))
 
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    write_pictures(kept, centres, args.out_dir)
-    with open(args.out_dir / "table.csv", "w", newline="") as f:
+    out_dir = Path(args.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_pictures(kept, centres, out_dir)
+    with open(out_dir / "table.csv", "w", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows(rows)
-    print(args.out_dir)
+    common.say(f"done: {out_dir / 'picture.png'}")
 
 
 if __name__ == "__main__":

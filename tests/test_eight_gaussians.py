@@ -100,26 +100,23 @@ def test_what_a_loss_needs_of_its_own(monkeypatch):
 
 
 def test_main_writes_its_results(tmp_path, capsys):
-    flags = [
-        "--steps",
-        "3",
-        "--width",
-        "8",
-        "--batch-size",
-        "8",
-        "--out-dir",
-        str(tmp_path / "run"),
-    ]
+    flags = ["--steps", "3", "--width", "8", "--batch-size", "8"]
+    flags += ["--out-dir", str(tmp_path / "run")]
     eight_gaussians.main(flags)
     rows = list(csv.DictReader((tmp_path / "run" / "table.csv").read_text().splitlines()))
     assert [row["loss"] for row in rows] == [*eight_gaussians.LOSSES, "real points"]
     assert float(rows[-1]["high_quality"]) == pytest.approx(0.989, abs=0.01)
     assert rows[-1]["modes"] == "8"
-    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 2
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == len(rows) + 1
+    assert printed.err.endswith(f"done: {tmp_path / 'run' / 'picture.png'}\n")
     with Image.open(tmp_path / "run" / "movie.gif") as movie:
         assert movie.n_frames == eight_gaussians.MOMENTS + 1
     with Image.open(tmp_path / "run" / "picture.png") as picture:
         assert len(picture.getcolors(2**24)) > 8, "grey, and a colour for each loss"
     with pytest.raises(SystemExit):
         eight_gaussians.main(flags)
-    assert "holds results: choose another --out-dir" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "run is not empty: choose another --out-dir" in line and line.count("\n") == 1
+    eight_gaussians.main([*flags, "--overwrite", "--only", "gan"])
+    assert len((tmp_path / "run" / "table.csv").read_text().splitlines()) == 3

@@ -12,6 +12,7 @@ from helpers import (
     open_script,
     picture,
     picture_folder,
+    recorded,
     same,
     train,
 )
@@ -71,6 +72,16 @@ def test_real_images_fade_too():
     assert faded[1, :2].tolist() == [0.75 * 2, 0.75 * 2]
 
 
+def test_D_sees_real_images_at_the_stage_and_fade_of_the_update(monkeypatch):
+    run, seen = open_script("progan"), []
+    batches = recorded(monkeypatch, "sample_batch")
+    run.D.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
+    run.update(2, 0.25)
+    x_real, stage, fade = seen[0]
+    assert (stage, fade) == (2, 0.25)
+    assert torch.equal(x_real, progan.reals_at(batches[0][0], 2, 0.25))
+
+
 def test_layers():
     linear, conv = progan.Linear(100, 50), progan.Conv(32, 16, 3, gain=1.0)
     for layer in (linear, conv):
@@ -96,6 +107,10 @@ def test_networks():
     assert G(z, 3, 1.0).shape == (4, 3, 32, 32) and D(G(z, 3, 1.0), 3, 1.0).shape == (4,)
     channels = [progan.channels_at(size, 128) for size in (4, 8, 16, 32, 64)]
     assert channels == [128, 128, 128, 128, 64]
+    # The first layer has the gain of a 4x4 convolution.
+    _, first, *_ = G.blocks[0]
+    noise = progan.PixelNorm()(torch.randn(2000, 6))
+    assert first(noise).std().item() == pytest.approx(2**0.5 / 4, rel=0.1)
     with torch.no_grad():
         G.to_rgb[3].bias += 5
     assert G(z, 3, 1.0).max() > 4

@@ -4,6 +4,7 @@ graphs."""
 import contextlib
 import json
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -194,6 +195,15 @@ def test_a_write_that_fails_leaves_the_old_file():
         f.write(b"new")
         assert file.read_bytes() == b"old"
     assert file.read_bytes() == b"new" and [p.name for p in Path().iterdir()] == ["file"]
+
+
+def test_a_write_replaces_the_file_and_does_not_change_it_in_place():
+    file = Path("file")
+    file.write_bytes(b"old")
+    os.link(file, "link")
+    with runs.atomic_write(file) as f:
+        f.write(b"new")
+    assert file.read_bytes() == b"new" and Path("link").read_bytes() == b"old"
 
 
 def test_overwrite_deletes_the_files_of_the_run_and_no_others(monkeypatch):

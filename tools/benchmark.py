@@ -143,19 +143,22 @@ def measure(name, argv, rounds, seconds):
     return medians, run.args.batch_size * run.args.n_critic
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("scripts", nargs="*", help="all seven when none is named")
-    p.add_argument("--device", default="cpu")
+    p.add_argument("--device", type=runs.device, default="cpu")
     p.add_argument("--dataset", default="mnist", choices=common.TORCHVISION_DATASETS)
-    p.add_argument("--data-dir", default="data")
-    p.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--seconds", type=float, default=3.0, help="of one way in one round")
+    p.add_argument("--data-dir", type=runs.path, default="data")
+    p.add_argument("--sizes", type=int, choices=common.IMAGE_SIZES, nargs="+", default=[32, 64])
+    p.add_argument("--rounds", type=runs.positive_int, default=5)
+    p.add_argument("--seconds", type=runs.positive_float, default=3.0, help="of a way in a round")
     p.add_argument("--cuda-graph", action="store_true")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if unknown := set(args.scripts) - set(NAMES):
         p.error(f"no such script: {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
 

@@ -1,19 +1,31 @@
-"""Plots losses and scores of runs, one row per run: `python tools/plot.py RUN... [--out FILE]`.
+"""Plots the losses and scores of runs, one row per run.
+
+    python tools/plot.py RUN... [--out FILE]
 
 RUN is a run's folder, with its log.csv. Needs matplotlib: pip install matplotlib.
 """
 
 import argparse
 import csv
+import os
 import sys
 from pathlib import Path
 
 
 def read_log(run):
-    """The columns of a run's log.csv, by name, as lists of numbers."""
-    with open(Path(run, "log.csv"), newline="") as f:
-        rows = list(csv.DictReader(f))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+    """The columns of a run's log.csv, by name, as lists of numbers. Rows that are not whole, as one
+    that is being written, are left out. Exits with an error if there are no others."""
+    text = Path(run, "log.csv").read_text("utf-8", errors="replace").replace("\0", "")
+    whole_lines = text[: text.rfind("\n") + 1].splitlines()
+    rows = []
+    for row in csv.DictReader(whole_lines):
+        try:
+            rows.append({name: float(value) for name, value in row.items()})
+        except (TypeError, ValueError):
+            continue
+    if not rows:
+        sys.exit(f"error: {Path(run, 'log.csv')} has no rows yet")
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def plot(runs, file):
@@ -39,10 +51,17 @@ def plot(runs, file):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    p.add_argument("--out", default="losses.png", help="image file to write")
+    p = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    p.add_argument("runs", nargs="+", metavar="RUN", type=os.path.expanduser, help="a run's folder")
+    p.add_argument(
+        "--out", type=os.path.expanduser, default="losses.png", help="image file to write"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace the image file")
     args = p.parse_args(argv)
+    if os.path.exists(args.out) and not args.overwrite:
+        p.error(f"{args.out} exists: choose another --out, or --overwrite it")
     try:
         plot(args.runs, args.out)
     except ModuleNotFoundError as error:

@@ -130,6 +130,7 @@ def trained_classifier(dataset, data_dir, cache_dir, device, steps):
         optimiser.step()
         schedule.step()
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     with runs.atomic_write(path) as f:
         torch.save(net.state_dict(), f)
     return net.eval()
@@ -187,16 +188,23 @@ def read_folder(folder):
 
 def main(argv=None):
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    p.add_argument("dataset", choices=["mnist", "fashion-mnist", "cifar10", "digits"])
-    p.add_argument("folder", help="of images made by --generate")
-    p.add_argument("--data-dir", default="data")
-    p.add_argument("--cache-dir", default="data/quality", help="where the classifier is kept")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--classifier-steps", type=int, default=1500)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    p.add_argument("dataset", choices=common.DATASETS)
+    p.add_argument("folder", type=runs.path, help="of images made by --generate")
+    p.add_argument("--data-dir", type=runs.path, default="data")
+    p.add_argument(
+        "--cache-dir", type=runs.path, default="data/quality", help="where the classifier is kept"
+    )
+    p.add_argument("--device", type=runs.device, default=default)
+    p.add_argument("--classifier-steps", type=runs.positive_int, default=1500)
     p.add_argument(
         "--neighbours",
+        type=runs.path,
         metavar="FILE",
         help="write 10 images and their nearest training images here",
     )
