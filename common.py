@@ -225,9 +225,9 @@ def load_torchvision(name, data_dir, train=True):
         labels = torch.as_tensor(dataset.targets)
         if len(images) != len(labels) or labels.max() >= len(dataset.classes):
             raise ValueError("its labels do not match its images")
-    except (
-        Exception
-    ) as error:  # torchvision's readers assert, index and unpickle: anything can come
+    except MemoryError:
+        raise
+    except Exception as error:  # torchvision's readers assert, index and unpickle
         fail(what_is_wrong(dataset_class, data_dir, error))
 
     if images.ndim == 3:
@@ -285,9 +285,11 @@ def load_folder(folder, size):
     """
     folder = Path(folder)
     if not folder.is_dir():
+        message = f"there is no folder {folder}. --dataset is {DATASET_HELP}"
         similar = difflib.get_close_matches(folder.name.lower(), DATASETS, n=1)
-        hint = "".join(f". Did you mean {name}?" for name in similar)
-        fail(f"there is no folder {folder}. --dataset is {DATASET_HELP}{hint}")
+        if similar:
+            message += f". Did you mean {similar[0]}?"
+        fail(message)
     files, has_classes, messages = find_images(folder)
 
     # Their pixels: of all three channels only if some image has colours.
@@ -381,14 +383,16 @@ def check_splits(folder, files):
     the class folders are inside them. `files` are the images, relative to `folder`."""
     subfolders = sorted({file.parts[0] for file in files})
     splits = [name for name in subfolders if name.lower() in SPLITS]
-    for name in splits or subfolders[:1]:
+    wrappers = splits
+    if len(subfolders) == 1:
+        wrappers = subfolders
+    for name in wrappers:
         inside = [file for file in files if file.parts[0] == name]
-        deeper = {file.parts[1] for file in inside if len(file.parts) > 2}
-        is_wrapper = name in splits or len(subfolders) == 1
-        if is_wrapper and all(len(file.parts) > 2 for file in inside):
-            fail(f"{folder / name} has {count(deeper, 'class folder')}: use it as --dataset")
+        if all(len(file.parts) > 2 for file in inside):
+            classes = {file.parts[1] for file in inside}
+            fail(f"{folder / name} has {count(classes, 'class folder')}: use it as --dataset")
     if splits:
-        warn(f"{folder}: the subfolders {', '.join(splits)} are taken for classes")
+        warn(f"{folder}: the subfolders {', '.join(splits)} are treated as classes")
 
 
 def count(items, noun):

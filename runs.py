@@ -178,6 +178,8 @@ def parse_args(p, argv, generate_only=()):
         f"example: python {p.prog} --dataset cifar10 --out-dir runs/first\n"
         "README.md and docs/ explain more."
     )
+
+    # The script's own flags, then those that all scripts have.
     own_defaults = vars(p.parse_args([]))
     add_shared_flags(p)
     p.set_defaults(script=Path(p.prog).stem)
@@ -195,14 +197,17 @@ def parse_args(p, argv, generate_only=()):
     elif is_used(args.out_dir) and not args.overwrite:
         p.error(in_the_way(args.out_dir))
 
+    # Flags that need something of this machine.
     if args.cuda_graph and "cuda" not in args.device:
         p.error(f"--cuda-graph needs CUDA, and --device is {args.device}")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         p.error("--tensorboard needs a package that is missing: pip install tensorboard")
 
+    # Under torchrun, each process has a GPU of its own and a share of the batch.
     if common.world_size() > 1:
         args.device = join_processes(p, args)
         args.batch_size //= common.world_size()
+
     # torch.cuda.set_device does not take "cuda" without an index, which means the current device.
     if "cuda:" in args.device:
         torch.cuda.set_device(args.device)
@@ -293,8 +298,9 @@ def parse_with_run(p, argv, args, own_defaults, generate_only):
     saved = read_checkpoint(checkpoint, args.script)
 
     # A flag that is newer than the run had its default in it; one that is gone has no effect.
-    known = {name: value for name, value in saved["args"].items() if hasattr(args, name)}
-    saved_flags = {**own_defaults, **known}
+    known = run_flags(args)
+    saved_flags = {name: value for name, value in saved["args"].items() if name in known}
+    saved_flags = {**own_defaults, **saved_flags}
     p.set_defaults(**saved_flags, out_dir=args.out_dir)
     args = p.parse_args(argv)
 
@@ -304,7 +310,7 @@ def parse_with_run(p, argv, args, own_defaults, generate_only):
     if args.generate:
         may_change.add("seed")
         action = "--generate"
-    for name in saved_flags.keys() - may_change:
+    for name in sorted(saved_flags.keys() - may_change):
         typed = getattr(args, name)
         if typed != saved_flags[name]:
             flag = "--" + name.replace("_", "-")
@@ -334,8 +340,7 @@ def atomic_write(file):
 
 def lock_folder(folder):
     """Keeps other processes from training in a folder until `finish_run`, or until this process
-    ends,
-    however it ends. Exits with an error if another one is training there."""
+    ends in any way. Exits with an error if another one is training there."""
     key = str(folder.absolute())
     if key in LOCKS:  # by a run of this process that was interrupted, as in a notebook
         return
@@ -462,17 +467,23 @@ def facts(data):
 def check_data(args, data, saved):
     """Exits with an error if the dataset has other channels or classes than that of the saved
     run, and warns if it has another number of images."""
-    for name, now in facts(data).items():
-        before = saved["data"][name]
-        if now == before:
-            continue
-        if name == "classes":
-            now, before = (common.first_ten(names) or "none" for names in (now, before))
-        message = f"{args.dataset}: {name} is {now}, but the run in {args.out_dir} has {before}"
-        if name == "number":
-            common.warn(message)
-        else:
-            common.fail(message)
+    before = common.Data(**saved["data"])
+    if data.number != before.number:
+        common.warn(
+            f"{args.dataset} has {data.number:,} images, but the run in {args.out_dir} had "
+            f"{before.number:,}"
+        )
+    if data.channels != before.channels:
+        common.fail(
+            f"{args.dataset} has {data.channels} channels, but the run in {args.out_dir} has "
+            f"{before.channels}"
+        )
+    if data.classes != before.classes:
+        now, then = common.first_ten(data.classes), common.first_ten(before.classes)
+        common.fail(
+            f"{args.dataset} has the classes {now or '(none)'}, but the run in {args.out_dir} has "
+            f"{then or '(none)'}"
+        )
 
 
 # ------------------------------------------------------------------------------ checkpoints and log

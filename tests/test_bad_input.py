@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torchvision
 from helpers import ROOT, SCRIPTS, checkpoint, picture_folder, train, write_cifar10, write_mnist
 
 import common
@@ -150,6 +151,13 @@ def test_missing_and_damaged_data(flags, capsys, monkeypatch):
     assert code == 1 and line.startswith("error: ") and DATA[flags] in line
     advises_deletion = "delete the folder to download it again" in line
     assert advises_deletion == ("MNIST cannot be read" in line), "whole files are never to blame"
+
+
+def test_a_data_dir_without_permission(monkeypatch, capsys):
+    denied = mock.Mock(side_effect=PermissionError(13, "Permission denied", "data/MNIST/raw"))
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", denied)
+    line, code = refused("dcgan", ["--device", "cpu"], capsys)
+    assert code == 1 and "MNIST cannot be read: Permission denied: data/MNIST/raw" in line
 
 
 def edit(change):
@@ -312,10 +320,10 @@ def test_resume_says_how_the_data_differs(capsys):
     train("dcgan", "run", "--steps", 5)
     shutil.copy("pictures/class0/picture.png", "pictures/class0/second.png")
     train("dcgan", "run", "--steps", 6, "--resume")
-    assert "pictures: number is 3, but the run in run has 2" in capsys.readouterr().err
+    assert "pictures has 3 images, but the run in run had 2\n" in capsys.readouterr().err
     before = checkpoint("run")["step"]
     os.rename("pictures/class0", "pictures/class7")
-    message = "classes is class1, class7, but the run in run has class0, class1"
+    message = "pictures has the classes class1, class7, but the run in run has class0, class1"
     with pytest.raises(SystemExit, match=message):
         train("dcgan", "run", "--steps", 7, "--resume")
     write_mnist("data")

@@ -282,7 +282,7 @@ def test_train_and_test_are_classes_with_a_warning(capsys):
     picture_folder(Path("pictures/train"), (0,))
     picture_folder(Path("pictures/test"), (1,))
     assert load("pictures", 16).classes == ["test", "train"]
-    message = "warning: pictures: the subfolders test, train are taken for classes"
+    message = "warning: pictures: the subfolders test, train are treated as classes"
     assert message in capsys.readouterr().err
 
 
