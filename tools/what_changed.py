@@ -1,25 +1,39 @@
-"""Writes docs/what-changed.md, how the scripts differ, from the scripts: `python
-tools/what_changed.py`."""
+"""Writes docs/what-changed.md and docs/what-changed-large.md, how the scripts differ, from the
+scripts: `python tools/what_changed.py`."""
 
 import difflib
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "what-changed.md"
 
 INTRODUCTION = """# What changed
 
-Thirteen ideas, each a change to a script before it: what its paper had in mind, what D and G
-are trained for before and after, and every line that differs, except docstrings and flags. The
-first idea is that of [`gan.py`](../gan.py): D learns to tell real images from G's, and G to draw
-images that D takes for real.
+Each part compares two scripts: the idea of the second paper, the objectives of D and G, the
+defaults that differ, and every line of the networks, losses and steps that differs. It all starts
+with [`gan.py`](../gan.py): D learns to tell real images from G's, and G learns to draw images that
+D takes for real.
 """
 
+# The pages, and the changes on each.
+PAGES = {
+    "what-changed.md": [
+        "gan dcgan",
+        "dcgan cgan",
+        "dcgan lsgan",
+        "dcgan wgan",
+        "wgan wgan_gp",
+        "dcgan sngan",
+        "dcgan ebgan",
+        "ebgan began",
+    ],
+    "what-changed-large.md": ["gan ssgan", "wgan_gp progan", "progan stylegan2", "dcgan stylegan2"],
+}
+
 IDEAS = """
-gan dcgan: Images are local and alike everywhere, so both networks become convolutional: strides
-take the place of pooling, and batch norm in every layer but the first of D and the last of both
-lets deep ones learn.
+gan dcgan: Image features are local and can appear anywhere, so both networks become convolutional.
+Strides take the place of pooling. Batch norm in all layers but the first of D and the last of both
+lets deep networks learn.
 
 dcgan cgan: If G and D are both told the class of each image, D can refuse a good 3 where a 7 was
 asked for, and G learns to draw what it is asked for.
@@ -28,18 +42,18 @@ dcgan lsgan: Cross entropy has hardly any gradient left for a fake that D alread
 however far it is from the data; squared distances to target scores pull on every fake.
 
 dcgan wgan: Where real and generated images hardly overlap, a D that tells them apart perfectly
-teaches nothing reliable. One that must not be steep, here by clipped weights, estimates how far
-apart they are, up to a factor, and has a slope to follow.
+gives G no useful gradient. If D's slope is bounded (here by clipping its weights), D estimates the
+distance between the two, up to a factor, and always gives G a gradient.
 
-wgan wgan_gp: Clipping wastes what D could be. The best D has a slope of 1 between real and
-generated images: ask for that slope by a penalty, and leave the weights free.
+wgan wgan_gp: Clipping limits what D can represent. The best D has a slope of 1 between real and
+generated images, so a penalty asks for that slope, and the weights are free.
 
 dcgan sngan: A layer is at most as steep as its largest singular value. Dividing each weight by an
 estimate of it bounds how steep D can be everywhere, at hardly any cost and with no second gradient.
 
-gan ssgan: A classifier with few labels can still learn from images without: each belongs to one of
-its classes, whichever, and G's belong to none. G does not try to deceive D here: it
-matches D's features on average.
+gan ssgan: A classifier with few labels can also learn from images without labels: each real image
+belongs to some class, each fake to none. G does not try to deceive D here: it matches D's features
+on average.
 
 dcgan stylegan2: z need not be the input of the first layer of G. StyleGAN2 computes a style from
 it, which says in each layer how strong each feature is. The input of the first layer is a learnt
@@ -172,17 +186,50 @@ def by_heading(old, new, headings):
     return text
 
 
-def page():
-    """The text of docs/what-changed.md."""
-    page = INTRODUCTION
-    for before, after, idea in re.findall(r"(\w+) (\w+): (.*?)\n\n", IDEAS + "\n", flags=re.DOTALL):
+def defaults(text):
+    """The script's own flags with their defaults, by name."""
+    flags = text.partition("\ndef parse_args")[2].partition("runs.parse_args")[0]
+    found = {}
+    for name, rest in re.findall(r'"(--[\w-]+)"(.*?)(?=p\.add_argument|$)', flags, flags=re.DOTALL):
+        default = re.search(r"default=([^,\n)]+)", rest)
+        found[name] = default[1] if default else "off"
+    return found
+
+
+def changed_defaults(before, after, texts):
+    """A table of the flags whose defaults differ, or that only one of two scripts has."""
+    old, new = defaults(texts[before]), defaults(texts[after])
+    rows = []
+    for name in {**old, **new}:
+        pair = [flags.get(name, "") for flags in (old, new)]
+        if pair[0] != pair[1]:
+            rows.append(f"| `{name}` | {pair[0]} | {pair[1]} |\n")
+    if not rows:
+        return "\nThe defaults are the same.\n"
+    return f"\n| flag | {before}.py | {after}.py |\n|---|--:|--:|\n" + "".join(rows)
+
+
+def page(name):
+    """The text of one of the PAGES."""
+    ideas = dict(re.findall(r"(\w+ \w+): (.*?)\n\n", IDEAS + "\n", flags=re.DOTALL))
+    changes = [change.split() for change in PAGES[name]]
+    page = INTRODUCTION + "\n"
+    for before, after in changes:
+        page += f"- [{before} → {after}](#{before}--{after})\n"
+    for other in PAGES.keys() - {name}:
+        there = ", ".join(change.split()[1] for change in PAGES[other])
+        page += f"- on [another page](./{other}): {there}\n"
+
+    for before, after in changes:
         texts = {name: (ROOT / f"{name}.py").read_text("utf-8") for name in (before, after)}
+        idea = ideas[f"{before} {after}"]
         page += f"\n## {before} → {after}\n\n{idea}\n\n```\n"
         width = max(8, len(after) + 1)
         for name, text in texts.items():
             for objective in objectives(text):
                 page += f"{name:<{width}}{objective}\n".replace("\n    ", "\n" + " " * width)
         page += "```\n"
+        page += changed_defaults(before, after, texts)
 
         old, new = parts(texts[before]), parts(texts[after])
         pattern = rf"{before} {after}, (.*?) \((.*?)\): (.*?)\n\n"
@@ -195,4 +242,5 @@ def page():
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), "utf-8")
+    for name in PAGES:
+        (ROOT / "docs" / name).write_text(page(name), "utf-8")
