@@ -217,7 +217,7 @@ def page(name):
     for before, after in changes:
         page += f"- [{before} → {after}](#{before}--{after})\n"
     for other in PAGES.keys() - {name}:
-        there = ", ".join(change.split()[1] for change in PAGES[other])
+        there = ", ".join(dict.fromkeys(change.split()[1] for change in PAGES[other]))
         page += f"- on [another page](./{other}): {there}\n"
 
     for before, after in changes:
