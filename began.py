@@ -21,11 +21,11 @@ The networks and the betas of Adam are those of github.com/carpedm20/BEGAN-tenso
 from the paper and that code:
 - The learning rate is constant. The paper lowers it when M no longer falls; that code halves it
   every 100,000 steps.
-- D and G are updated in turn, on different noise. That code updates them at once, on the same.
+- D and G are updated in turn, on different noise. That code updates them at once, on the same. So k
+  moves by E[D(x)] from before D's update and E[D(G(z))] from after it.
 - The paper's skip connections, which are optional, are left out, as in that code.
 
-On MNIST, this command draws little but ones, and no other setting that we tried works
-(docs/results.md):
+On MNIST, this command draws little but ones (docs/results.md says why):
 
     python began.py --width 8 --lr 4e-4 --gamma 0.9 --lambda-k 0.01 --steps 14000
 """

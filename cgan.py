@@ -12,7 +12,7 @@ Deviations from the paper:
 - dcgan.py's convolutional networks; the paper's are fully connected, with maxout in D and dropout
   of 0.5 in both.
 - dcgan.py's loss of G, which does not saturate.
-- Adam; the paper has SGD with momentum and a decaying rate, in batches of 100.
+- Adam; the paper has SGD with momentum and a decaying learning rate, in batches of 100.
 - z is N(0, I), not uniform.
 
 The run on MNIST in docs/results.md:

@@ -18,8 +18,9 @@ Deviations from the paper:
 - G is that of dcgan.py, D's encoder has the layers of its D, and D's decoder mirrors them. On MNIST
   the paper's networks are fully connected.
 - The pulling-away term is on by default (the paper's EBGAN-PT); --pt-weight 0 leaves it out.
-- Pixels are in [-1, 1], and the paper's in [0, 1]: distances are twice as large. The margin is
-  nevertheless the paper's 10 of MNIST, because 20 was worse (docs/results.md).
+- Pixels are in [-1, 1]. The paper does not state its range; with [0, 1], its distances would be
+  half as large. The margin is the paper's 10 of MNIST all the same, as 20 scored worse
+  (docs/experiments.md).
 
 The run on MNIST in docs/results.md:
 

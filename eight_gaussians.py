@@ -17,9 +17,10 @@ by 1.414: radius 2, standard deviation 0.02, after Metz et al. 2016
 each, not 512, and PyTorch's initialisation, not He's. Modes are counted as in PacGAN, Lin et
 al. 2018 (https://arxiv.org/abs/1712.04086).
 
-Adam's betas are (0.5, 0.9), as in gan_toy.py. What a loss has of its own:
+Adam's betas are (0.5, 0.9), as in gan_toy.py; its learning rate is 1e-4, and it trains for 100,000
+steps. What a loss has of its own:
 - wgan: clipped weights, RMSprop, and five updates of D for one of G, as in its paper; but a clip of
-  0.05 and a tenth of the rate, 1e-4, where the paper has 0.01 and 5e-5.
+  0.05 and a tenth of the learning rate, 1e-4, where the paper has 0.01 and 5e-5.
 - wgan_gp: a gradient penalty of weight 0.1 (gan_toy.py), five updates of D for one of G.
 - sngan: spectral norm on each layer of D. Its slope of at most 1 cannot tell points apart that
   are 0.02 from each other, so that its scores are multiplied by 20.

@@ -5,16 +5,17 @@ Goodfellow et al. 2014, Generative Adversarial Networks. https://arxiv.org/abs/1
     D:  min  -E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(G(z))))]
     G:  min  -E[log sigmoid(D(G(z)))]    (--saturating: E[log(1 - sigmoid(D(G(z))))])
 
-Read dcgan.py beside it, which has the same losses and other networks.
+Read dcgan.py beside it: the same losses, but convolutional networks.
 
 The paper leaves sizes open. Layers, maxout and dropout follow the authors' mnist.yaml
 (github.com/goodfeli/adversarial). Deviations from it:
-- Adam at 1e-3; it has SGD with momentum, starting at a rate of 0.1 that decays.
+- Adam with a learning rate of 1e-3; theirs is SGD with momentum and a learning rate that decays
+  from 0.1.
 - z is N(0, I), not U(-sqrt(3), sqrt(3)).
 - G ends in tanh, not a sigmoid, and D maps its images to [0, 1].
 - D's loss is the sum of both expectations, not half of it.
 - Weights start as N(0, 0.02), not uniform, and G's output biases as 0, not from the pixels' means.
-- Images have 32 pixels: MNIST's are padded.
+- Images are 32x32: MNIST's 28x28 images are padded.
 - D and G are updated in turn, as in Algorithm 1, not at once on the same fakes.
 
 The run on MNIST in docs/results.md:

@@ -8,9 +8,10 @@ Mao et al. 2016, Least Squares Generative Adversarial Networks. https://arxiv.or
 Differs from dcgan.py in: the two losses, --a --b --c, and the batch size.
 
 Deviations from the paper:
-- dcgan.py's networks at 32 pixels; the paper has 112 pixels and a deeper G.
-- The rate is that of the authors' train_chn.py (github.com/xudonmao/LSGAN). Their train_lsun.py has
-  1e-3. Both draw a uniform z of 1024 dimensions, and update D and G on the same z.
+- dcgan.py's networks at 32x32; the paper has 112x112 images and a deeper G.
+- The learning rate is that of the authors' train_chn.py (github.com/xudonmao/LSGAN). Their
+  train_lsun.py has 1e-3. Both draw a uniform z of 1024 dimensions, and update D and G on the same
+  one.
 
 The run on MNIST in docs/results.md:
 

@@ -13,8 +13,9 @@ fades in for --stage-steps updates, and trains for as many.
 
 Differs from wgan_gp.py in: both networks grow; they have equalised learning rates in place of
 initialisations, pixel norm in G, and in D the standard deviation over the batch as a feature; the
-penalty asks for slopes of gamma, not 1; another one keeps scores near 0; Adam's state starts anew
-whenever a fade begins or ends; the images are drawn by an average of G.
+penalty asks for slopes of gamma instead of 1; another one keeps scores near 0; D gets one update
+per update of G instead of five; Adam's state is emptied whenever a fade begins or ends; the images
+are drawn by an average of G.
 
 This is the configuration in which the authors train CIFAR-10 ("Section 6.5" in config.py of the
 Theano version, github.com/tkarras/progressive_growing_of_gans, commit 18d4116). Deviations from it:
@@ -25,11 +26,13 @@ Theano version, github.com/tkarras/progressive_growing_of_gans, commit 18d4116).
   size with repeated pixels, where it is smaller: at 4x4 on the way to 32x32, an eighth.
 - The scale of a weight follows from its fan-in; theirs is measured on the initial weights.
 - The first layer of G has a bias for each pixel, not one for each channel.
+- From 64x64 on, layers have half as many channels as theirs.
 
 The stage and the fade change from step to step, which one CUDA graph cannot follow: --cuda-graph is
 refused. With --init, --stage-steps 0 goes on with the whole networks.
 
-In our short runs with a width of 16, --gamma 1 was better than the authors' 750 (docs/results.md):
+In short runs with a width of 16, --gamma 1 scored better than the authors' 750
+(docs/experiments.md):
 
     python progan.py --dataset cifar10 --width 16 --gamma 1 --stage-steps 2000 --steps 44000
 """
@@ -352,7 +355,7 @@ def main(argv=None):
         average.load_state_dict(G.state_dict())  # --init may have replaced G
         common.save_grid(args, 0, sample(fixed_z, 1))
 
-    # Adam's state starts anew whenever a fade begins or ends.
+    # Adam's state is emptied whenever a fade begins or ends.
     n_changes = 2 * last_stage(args.image_size)
     changes = [k * args.stage_steps + 1 for k in range(1, n_changes + 1)]
 

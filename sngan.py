@@ -19,8 +19,8 @@ z is N(0, I), and LReLU's slope 0.1, as in the paper; that code has a uniform z 
 Deviations from the paper:
 - Batch norm and ReLU after G's dense layer too, as in that code, but per channel.
 - One power iteration in each forward pass of D, as in that code; Algorithm 1 has one per update.
-- The authors' sngan_projection (github.com/pfnet-research) also has, for CIFAR-10, a rate that
-  falls linearly to 0, twice D's batch for G, and dequantised pixels.
+- The authors' sngan_projection (github.com/pfnet-research) also has, for CIFAR-10, a learning rate
+  that falls linearly to 0, twice D's batch for G, and dequantised pixels.
 - Spectral norm bounds D's slope up to a factor: it is that of the weight as a matrix, not of the
   convolution.
 

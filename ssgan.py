@@ -1,4 +1,4 @@
-"""SSGAN: semi-supervised learning, in which ten labels a class are enough to learn to classify.
+"""SSGAN: semi-supervised learning, in which ten labels per class are enough to learn to classify.
 
 Salimans et al. 2016, Improved Techniques for Training GANs, section 5.
 https://arxiv.org/abs/1606.03498
@@ -17,7 +17,7 @@ features; the test error is that of an average of D's weights.
 
 The networks are those of the authors' MNIST code (github.com/openai/improved-gan,
 train_mnist_feature_matching.py). Deviations from it:
-- Images have 32 pixels: MNIST's 28 are padded.
+- Images are 32x32: MNIST's 28x28 images are padded.
 - Unlabelled images are drawn with replacement, not in epochs of 600 updates.
 - Batch norm in G has a gain.
 - Adam's epsilon, 1e-4, is added to the root. Theirs, 1e-8, is added inside it.

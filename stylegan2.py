@@ -21,7 +21,6 @@ mixing and residual connections. Deviations from it:
 - No augmentation, no mixed precision, and none of the clamping that the latter needs.
 - D is updated before G. The penalty has a minibatch of its own, and is added for the first time
   after 16 updates.
-- Images are drawn with constant noise.
 - The mean of w for --truncation is computed when it is needed, from 10,000 z.
 
 The default of --r1 is theirs for CIFAR-10. On MNIST with a width of 4, G collapses with it, and
@@ -332,8 +331,8 @@ def r1_penalty(D, x_real):
 
 def lazy_adam(network, args, interval):
     """Adam for a network with one step for a penalty after every `interval` other ones. To make up
-    for the additional step, the rate is multiplied by c = interval / (interval + 1), and the betas
-    are raised to its power (appendix B, "Lazy regularization")."""
+    for the additional step, the learning rate is multiplied by c = interval / (interval + 1), and
+    the betas are raised to its power (appendix B, "Lazy regularization")."""
     c = interval / (interval + 1)
     betas = (args.beta1**c, args.beta2**c)
     return torch.optim.Adam(network.parameters(), lr=c * args.lr, betas=betas, fused=True)

@@ -9,7 +9,7 @@
     --r1 GAMMA              penalty on D's gradient       Mescheder et al. 2018, 1801.04406, eq. 9
     --ema BETA              images by an average of G     Yazici et al. 2018, 1806.04498
     --diffaug POLICY        all that D sees is augmented  Zhao et al. 2020, 2006.10738
-    --decay                 both rates fall to 0          github.com/Newmu/dcgan_code
+    --decay                 learning rates fall to 0      github.com/Newmu/dcgan_code
 
 Differs from dcgan.py in: these and their calls. Without flags it trains as dcgan.py does, bit for
 bit. The noise of --noise falls to 0 at the last step, so that a --resume with more --steps brings
@@ -88,7 +88,7 @@ def parse_args(argv=None):
         help="augment all that D sees; the authors' StyleGAN2: color cutout, or all for few images",
     )
     p.add_argument(
-        "--decay", action="store_true", help="let both rates fall linearly to 0 at --steps"
+        "--decay", action="store_true", help="let learning rates fall linearly to 0 at --steps"
     )
     args = runs.parse_args(p, argv)
     if args.minibatch_kernels and (args.r1 or args.feature_matching or args.replay):
@@ -96,7 +96,7 @@ def parse_args(argv=None):
     planned = p.get_default("steps")  # those of the run, with --resume
     if args.resume and args.decay and args.steps != planned:
         p.error(
-            f"--steps is {args.steps}, but the run's rates fall to 0 at {planned}: leave it out"
+            f"--steps is {args.steps}, but the learning rates fall to 0 at {planned}: leave it out"
         )
     return args
 
@@ -332,7 +332,7 @@ def main(argv=None):
     G = G.to(args.device, memory_format=torch.channels_last)
     D = D.to(args.device, memory_format=torch.channels_last)
     betas = (args.beta1, args.beta2)
-    # A CUDA graph reads a rate that changes from a tensor.
+    # A CUDA graph reads a learning rate that changes from a tensor.
     lr = torch.full((), args.lr, device=args.device) if args.decay else args.lr
     opt_G = torch.optim.Adam(G.parameters(), lr=lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=lr, betas=betas, fused=True)

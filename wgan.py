@@ -14,7 +14,7 @@ differs from it:
 - D gets 100 updates instead of 5 in the first 25 steps and in every 500th.
 - Its convolutions have no biases.
 
-Deviation from both: 32 pixels by default, not 64.
+Deviation from both: images are 32x32 by default instead of 64x64.
 
 The run on MNIST in docs/results.md:
 

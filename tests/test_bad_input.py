@@ -65,8 +65,7 @@ FLAGS = {
     "--cuda": "unrecognized arguments: --cuda",
     "--out-dir file": "--out-dir file cannot be used: ",
     "--out-dir file/below": "--out-dir file/below cannot be used: ",
-    "--out-dir nowhere/below": "--out-dir nowhere/below cannot be used: ",
-    f"--out-dir {'long' * 100}": "cannot be used: File name too long",
+    f"--out-dir {'long' * 100}": "cannot be used: ",
     "--tensorboard": "pip install tensorboard",
 }
 
@@ -75,7 +74,6 @@ FLAGS = {
 def test_bad_flags(flags, capsys, monkeypatch):
     monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)
     Path("file").touch()
-    Path("nowhere").symlink_to("gone")
     line, code = refused("dcgan", flags.split(), capsys)
     assert code == 2 and line.startswith("dcgan.py: error: ") and FLAGS[flags] in line
 
@@ -193,7 +191,7 @@ CHECKPOINTS = {
     "one bit": (change_a_bit, "the checksum of archive/data/[0-9]+ is wrong"),
     "empty": (lambda path: path.write_bytes(b""), DAMAGED),
     "text": (lambda path: path.write_text("hello"), DAMAGED),
-    "a folder": (lambda path: path.unlink() or path.mkdir(), "checkpoint.pt cannot be read: Is a"),
+    "a folder": (lambda path: path.unlink() or path.mkdir(), "checkpoint.pt cannot be read: "),
     "a program": (lambda path: path.write_bytes(pickle.dumps(Mark())), DAMAGED),
     "a newer program": (lambda path: torch.save(Mark(), path), DAMAGED),
     "another dict": (lambda path: torch.save({"G": {}}, path), "is not a checkpoint of this"),
@@ -288,6 +286,14 @@ def test_a_folder_that_fills_up_while_the_data_is_loaded():
     with patch, pytest.raises(SystemExit, match=message):
         train("dcgan", "run", "--steps", 1, data="pictures")
     assert Path("run/checkpoint.pt").read_text() == "another's"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="makes a symbolic link")
+def test_a_link_to_nowhere(capsys):
+    Path("nowhere").symlink_to("gone")
+    line, code = refused("dcgan", ["--out-dir", "nowhere/below"], capsys)
+    assert code == 2 and "--out-dir nowhere/below cannot be used: " in line
+    assert "nowhere is not a folder" in line
 
 
 def test_a_folder_without_permission(capsys, monkeypatch):

@@ -330,7 +330,7 @@ def test_the_rates_fall_linearly(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train("tricks", "falling", "--resume", "--steps", 20, small="")
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "--steps is 20, but the run's rates fall to 0 at 10" in error
+    assert "--steps is 20, but the learning rates fall to 0 at 10" in error
 
 
 def test_diffaug_against_a_plain_loop(monkeypatch):
