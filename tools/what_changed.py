@@ -27,7 +27,13 @@ PAGES = {
         "dcgan ebgan",
         "ebgan began",
     ],
-    "what-changed-large.md": ["gan ssgan", "wgan_gp progan", "progan stylegan2", "dcgan stylegan2"],
+    "what-changed-large.md": [
+        "gan ssgan",
+        "wgan_gp progan",
+        "progan stylegan2",
+        "dcgan stylegan2",
+        "stylegan2 r3gan",
+    ],
 }
 
 IDEAS = """
@@ -69,6 +75,10 @@ gamma of that on real ones.
 
 wgan_gp progan: Large structures are easier to learn than fine detail. Networks that begin with 4x4
 images and grow learn them in this order.
+
+stylegan2 r3gan: With a loss that compares each real image with a generated one, and a penalty on
+D's slope at both kinds of images, training converges locally, and G has to cover all of the data.
+Then the tricks of StyleGAN2 can go, and both networks become plain residual ones.
 
 progan stylegan2: Skip connections do what growing was for: coarse pictures come first by
 themselves, in networks of a fixed size. Styles take the place of z at the start.

@@ -1,0 +1,235 @@
+"""r3gan.py: the loss on pairs, both penalties, networks that are linear at the start, Adam, and the
+schedules."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    checkpoint,
+    log_rows,
+    open_script,
+    picture,
+    picture_folder,
+    recorded,
+    same,
+    train,
+)
+
+import r3gan
+import runs
+
+
+def networks(width=16, image_size=16):
+    torch.manual_seed(0)
+    return r3gan.Generator(6, width, 3, image_size), r3gan.Discriminator(width, 3, image_size)
+
+
+def test_losses_at_equal_scores_and_far_apart():
+    zero, one = torch.zeros(5), torch.ones(5)
+    for loss in (r3gan.d_loss, r3gan.g_loss):
+        assert loss(zero, zero).item() == pytest.approx(math.log(2))
+        assert loss(7 + zero, 7 + zero).item() == pytest.approx(math.log(2)), "wherever they are"
+    assert r3gan.d_loss(3 * one, zero).item() == pytest.approx(math.log(1 + math.exp(-3)))
+    assert r3gan.g_loss(3 * one, zero).item() == pytest.approx(math.log(1 + math.exp(3)))
+
+
+def test_losses_compare_pairs():
+    """At the same places of the two batches, not their means."""
+    d_real, d_fake = torch.tensor([0.0, 10.0]), torch.tensor([0.0, 10.0])
+    assert r3gan.d_loss(d_real, d_fake).item() == pytest.approx(math.log(2))
+    crossed = r3gan.d_loss(d_real, d_fake.flip(0)).item()
+    assert crossed == pytest.approx((math.log(1 + math.exp(10)) + math.log(1 + math.exp(-10))) / 2)
+
+
+def test_gradient_penalty():
+    """||w||^2 for D(x) = wx, for inputs of any shape, with a gradient to D."""
+    for shape in ((5, 2), (5, 3, 4, 4)):
+        w = torch.randn(math.prod(shape[1:]), requires_grad=True)
+        penalty = r3gan.gradient_penalty(lambda x, w=w: x.flatten(1) @ w, torch.randn(shape))
+        assert penalty.item() == pytest.approx(w.square().sum().item(), rel=1e-5)
+        (grad,) = torch.autograd.grad(penalty, w)
+        assert torch.allclose(grad, 2 * w, rtol=1e-4)
+
+
+def test_networks_are_linear_at_the_start():
+    """Each block ends in weights of 0, and nothing normalises or bounds."""
+    G, D = networks()
+    a, b = torch.randn(2, 4, 6)
+    assert torch.allclose(G(a + 2 * b), G(a) + 2 * G(b), atol=1e-4)
+    x, y = torch.randn(2, 4, 3, 16, 16)
+    assert torch.allclose(D(x + 2 * y), D(x) + 2 * D(y), atol=1e-4)
+    assert G(a).shape == (4, 3, 16, 16) and D(x).shape == (4,)
+    assert G(50 * a).abs().max() > 5
+    names = [type(module).__name__ for net in (G, D) for module in net.modules()]
+    assert not any("Norm" in name or "Tanh" in name for name in names)
+
+
+def test_blocks():
+    """Inside, they keep the mean square of x times n_blocks^(-1/2); groups have 16 channels."""
+    torch.manual_seed(0)
+    block = r3gan.Block(64, n_blocks=8)
+    first, _, grouped, _, last = block.f
+    assert grouped.groups == 8 and grouped.weight.shape == (128, 16, 3, 3)
+    assert not last.weight.any()
+    x = torch.randn(8, 64, 16, 16)
+    before_last = block.f[:4](x)[:, :, 2:-2, 2:-2]
+    mean_square = before_last.square().mean().item()
+    assert mean_square == pytest.approx(1.04 / 2 * (2 / 1.04) ** 2 * 8**-1 * 1.04 / 2, rel=0.1)
+    assert first.bias is grouped.bias is last.bias is None
+    assert [p.shape for p in block.f[1].parameters()] == [(128,)]
+
+
+def test_published_size():
+    """20.78 and 21.28 million parameters with the labels that ours lacks: its embedding of 64 in G,
+    of which the linear map of z takes 64 more, and 768 scores in D instead of one."""
+    with torch.device("meta"):
+        networks = r3gan.Generator(64, 768, 3, 32), r3gan.Discriminator(768, 3, 32)
+    ours = [sum(p.numel() for p in net.parameters()) for net in networks]
+    labels_G = 64 * 768 + 10 * 64
+    labels_D = 767 * 768 + 10 * 768
+    assert ours[0] + labels_G == pytest.approx(20.78e6, abs=0.05e6)
+    assert ours[1] + labels_D == pytest.approx(21.28e6, abs=0.7e6)
+
+
+def test_resampling_keeps_a_constant_and_has_the_filter():
+    up, down = r3gan.Resample(up=True), r3gan.Resample(up=False)
+    x = torch.ones(1, 2, 8, 8)
+    assert torch.allclose(up(x)[:, :, 1:-1, 1:-1], torch.ones(1, 2, 14, 14))
+    assert torch.allclose(down(x)[:, :, 1:-1, 1:-1], torch.ones(1, 2, 2, 2))
+    dot = torch.zeros(1, 1, 8, 8)
+    dot[0, 0, 4, 4] = 1
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
+    assert torch.allclose(up(dot)[0, 0, 7:11, 7:11], taps[:, None] * taps)
+
+
+def test_both_penalties_at_every_step(monkeypatch):
+    run, calls = open_script("r3gan"), []
+    real = recorded(monkeypatch, "sample_batch")
+    fakes = []
+    run.G.register_forward_hook(lambda module, z, x: fakes.append(x.detach()))
+
+    def penalty(D, x):
+        calls.append(x)
+        return torch.tensor(float(len(calls)))
+
+    monkeypatch.setattr(r3gan, "gradient_penalty", penalty)
+    monkeypatch.setattr(r3gan, "d_loss", lambda d_real, d_fake: d_real.mean() * 0 + 3)
+    for step in range(3):
+        calls.clear()
+        loss_D = run.update()["loss_D"].item()
+        assert loss_D == pytest.approx(3 + 0.05 / 2 * (1 + 2))
+        assert torch.equal(calls[0], real[2 * step][0]) and torch.equal(calls[1], fakes[2 * step])
+
+
+def test_G_learns_from_real_images_of_its_own(monkeypatch):
+    """A well-known public collection computes this loss and then overwrites it by another."""
+    run, real = open_script("r3gan"), recorded(monkeypatch, "sample_batch")
+    gradients = []
+    run.opt_G.register_step_pre_hook(
+        lambda *_: gradients.append([p.grad.clone() for p in run.G.parameters()])
+    )
+    weights = {name: p.detach().clone() for name, p in run.G.named_parameters()}
+    batches = [torch.rand(4, 3, 16, 16) * 2 - 1, torch.zeros(4, 3, 16, 16) + 0.9]
+    for x_real in batches:
+        torch.manual_seed(0)
+        run.g_step(x_real)
+        with torch.no_grad():
+            for name, p in run.G.named_parameters():
+                p.copy_(weights[name])
+    pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a.any()]
+    assert pairs and not any(torch.equal(a, b) for a, b in pairs)
+    real.clear()
+    run.update()
+    assert len(real) == 2 and not torch.equal(real[0][0], real[1][0])
+
+
+def test_adam_is_pytorchs_with_beta1_0():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Linear(5, 3) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    a = r3gan.Adam(ours.parameters(), 0.01, 0.9)
+    b = torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.0, 0.9))
+    for step in range(20):
+        beta2 = 0.9 + 0.004 * step
+        a.param_groups[0]["beta2"].fill_(beta2)
+        b.param_groups[0]["betas"] = (0.0, beta2)
+        x = torch.randn(4, 5)
+        for net, opt in ((ours, a), (theirs, b)):
+            opt.zero_grad()
+            net(x).square().mean().backward()
+            opt.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_what_changes_in_the_course_of_a_run(monkeypatch):
+    assert r3gan.cosine(2, 6, 0) == 2 and r3gan.cosine(2, 6, 1) == 6
+    assert r3gan.cosine(2, 6, 0.5) == pytest.approx(4)
+    assert r3gan.cosine(2, 6, 0.1) < 2.4, "slow at first"
+    seen, averages = [], []
+
+    def start_run(args, data, state, start_run=runs.start_run):
+        first = start_run(args, data, state)
+        group = state["opt_D"].param_groups[0]
+        state["opt_D"].register_step_pre_hook(
+            lambda *_: seen.append((group["lr"].item(), group["beta2"].item()))
+        )
+        return first
+
+    monkeypatch.setattr(runs, "start_run", start_run)
+    monkeypatch.setattr(r3gan, "move_average", lambda average, G, beta: averages.append(beta))
+    train("r3gan", "run", "--steps", 8, "--lr", 0.01, "--lr-end", 0.001)
+    expected = [r3gan.cosine(0.01, 0.001, k / 8) for k in range(8)]
+    assert [lr for lr, _ in seen] == pytest.approx(expected)
+    assert [b for _, b in seen] == pytest.approx([r3gan.cosine(0.9, 0.99, k / 8) for k in range(8)])
+    assert averages[-1] == pytest.approx(0.5 ** (1 / 2)) and averages[0] < 1e-3
+    assert averages == sorted(averages)
+
+
+def test_gamma_changes_too():
+    train("r3gan", "low", "--steps", 6, "--gamma", 1, "--gamma-end", 1, "--log-every", 1)
+    train("r3gan", "falls", "--steps", 6, "--gamma", 1, "--gamma-end", 0.1, "--log-every", 1)
+    low, falls = log_rows("low"), log_rows("falls")
+    assert low[0] == falls[0] and low[-1]["loss_D"] != falls[-1]["loss_D"]
+
+
+def test_resume_is_bit_for_bit(monkeypatch):
+    """A run that was killed goes on with what its step asks for, also in optimisers that were
+    loaded."""
+    flags = ["--steps", 12, "--save-every", 4, "--log-every", 1, "--lr", 0.01]
+    train("r3gan", "whole", *flags)
+
+    def killed(args, data, step, state, save_checkpoint=runs.save_checkpoint):
+        save_checkpoint(args, data, step, state)
+        if step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(runs, "save_checkpoint", killed)
+        train("r3gan", "parts", *flags)
+    r3gan.main(["--out-dir", "parts", "--resume", "--device", "cpu"])
+    assert log_rows("parts") == log_rows("whole")
+    assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
+
+
+def test_width_must_fit_the_groups(capsys):
+    with pytest.raises(SystemExit):
+        r3gan.parse_args(["--width", "12"])
+    assert "--width is 12, which is not a multiple of 8" in capsys.readouterr().err
+
+
+def test_learns_one_picture():
+    data = picture_folder(Path("pictures"))
+    flags = (
+        "--image-size 16 --batch-size 8 --width 16 --z-dim 6 --lr 2e-3 --lr-end 1e-3 --steps 150"
+    )
+    r3gan.main(f"--dataset {data} {flags} --save-every 1000 --out-dir run --device cpu".split())
+    G = r3gan.Generator(6, 16, 3, 16)
+    G.load_state_dict(checkpoint("run")["state"]["G"])
+    with torch.no_grad():
+        images = (G(torch.randn(8, 6)).permute(0, 2, 3, 1).numpy() + 1) * 127.5
+    distances = [[np.abs(image - picture(k)).mean() for k in (0, 1)] for image in images]
+    assert all(near < 45 and near < far for near, far in distances), distances
