@@ -1,29 +1,40 @@
-"""Eight Gaussians: six losses on a mixture that one can see, with and without mode collapse.
+"""Eight Gaussians: ten ways to train a GAN on a mixture that one can see.
 
-    python eight_gaussians.py                 all six: five minutes of one CPU core
-    python eight_gaussians.py --only wgan_gp  one of them
+    python eight_gaussians.py                    all ten: about two minutes of one CPU core
+    python eight_gaussians.py --only gan-slow-d  one of them
 
 The real points come from eight Gaussians on a circle. G maps noise to points, and D scores points.
-Each loss gets the same two networks, and is the very function of its script (gan.py, lsgan.py,
-wgan.py, wgan_gp.py, sngan.py), so that the loss is what differs. In --out-dir this writes
+Each way has the same two networks and the very losses of its script, so that the loss is what
+differs. In --out-dir this writes
 
-    picture.png     a row for each loss, a column for each moment: real points grey, G's in colour
+    picture.png     a row for each way, a column for each moment: real points grey, G's in colour
     movie.gif       the same in motion
     table.csv       how many modes G has found, and how well it hits them
 
+The ways, and what each has of its own (its strength):
+
+    gan             Goodfellow et al. 2014                                     Adam's beta1
+    gan-slow-d      the same, but D's learning rate is a fraction of G's       that fraction
+    gan-saturating  the loss of G that saturates                               Adam's beta1
+    lsgan           least squares                                              Adam's beta1
+    wgan            clipped weights, RMSprop, five updates of D                the clip
+    wgan_gp         a gradient penalty, five updates of D                      its weight
+    sngan           spectral norm on each layer of D, hinge loss               factor of D's scores
+    gan-r1          gan with R1 (Mescheder et al. 2018, 1801.04406)            its weight gamma
+    r3gan           a loss on pairs with R1 and R2                             their weight gamma
+    r3gan-r1        the same with R1 alone                                     its weight gamma
+
+The learning rate falls linearly to 0 over the second half of the run: with a constant one, G's
+points keep moving. Learning rates and strengths were chosen for each way on seeds 0 to 2, from nine
+pairs (docs/experiments.md), except that gan-slow-d has the settings of gan: it is there to show
+collapse.
+
 The data are those of gan_toy.py (github.com/igul222/improved_wgan_training), before it divides them
 by 1.414: radius 2, standard deviation 0.02, after Metz et al. 2016
-(https://arxiv.org/abs/1611.02163). The networks have its three hidden layers, but 128 units in
-each, not 512, and PyTorch's initialisation, not He's. Modes are counted as in PacGAN, Lin et
-al. 2018 (https://arxiv.org/abs/1712.04086).
-
-Adam's betas are (0.5, 0.9), as in gan_toy.py; its learning rate is 1e-4, and it trains for 100,000
-steps. What a loss has of its own:
-- wgan: clipped weights, RMSprop, and five updates of D for one of G, as in its paper; but a clip of
-  0.05 and a tenth of the learning rate, 1e-4, where the paper has 0.01 and 5e-5.
-- wgan_gp: a gradient penalty of weight 0.1 (gan_toy.py), five updates of D for one of G.
-- sngan: spectral norm on each layer of D. Its slope of at most 1 cannot tell points apart that
-  are 0.02 from each other, so that its scores are multiplied by 20.
+(https://arxiv.org/abs/1611.02163). The networks have its three hidden layers, but 64 units in each
+instead of 512, and PyTorch's initialisation instead of He's. It trains for 100,000 steps at a
+constant learning rate of 1e-4. Modes are counted as in PacGAN, Lin et al. 2018
+(https://arxiv.org/abs/1712.04086).
 
 It runs on the CPU, which is enough for networks of this size.
 """
@@ -32,6 +43,8 @@ import csv
 import functools
 import math
 from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,34 +55,45 @@ from tqdm import tqdm
 import common
 import gan
 import lsgan
+import r3gan
 import runs
 import sngan
 import wgan
 import wgan_gp
 
-# D's and G's loss of each script, as functions of scores.
-LOSSES = {
-    "gan": (gan.d_loss, gan.g_loss),
-    "gan-saturating": (gan.d_loss, functools.partial(gan.g_loss, saturating=True)),
-    "lsgan": (lsgan.d_loss, lsgan.g_loss),
-    "wgan": (wgan.d_loss, wgan.g_loss),
-    "wgan_gp": (wgan_gp.d_loss, wgan_gp.g_loss),
-    "sngan": (sngan.d_loss, sngan.g_loss),
+
+@dataclass
+class Way:
+    """A way to train: the losses of a script, and its settings."""
+
+    d_loss: Callable  # of D's scores of real points and of fakes
+    g_loss: Callable  # of D's scores of fakes; r3gan's takes those of real points first
+    lr: float
+    strength: float  # see the docstring
+    colour: str
+
+
+saturating = functools.partial(gan.g_loss, saturating=True)
+WAYS = {
+    "gan": Way(gan.d_loss, gan.g_loss, 1e-3, 0.5, "#d1495b"),
+    "gan-slow-d": Way(gan.d_loss, gan.g_loss, 1e-3, 0.2, "#8c2f39"),
+    "gan-saturating": Way(gan.d_loss, saturating, 1e-3, 0.5, "#e07b39"),
+    "lsgan": Way(lsgan.d_loss, lsgan.g_loss, 1e-3, 0.5, "#2e8b57"),
+    "wgan": Way(wgan.d_loss, wgan.g_loss, 1e-4, 0.05, "#2878b5"),
+    "wgan_gp": Way(wgan_gp.d_loss, wgan_gp.g_loss, 1e-3, 0.1, "#6a4c93"),
+    "sngan": Way(sngan.d_loss, sngan.g_loss, 1e-3, 20.0, "#a0522d"),
+    "gan-r1": Way(gan.d_loss, gan.g_loss, 1e-3, 0.1, "#008080"),
+    "r3gan": Way(r3gan.d_loss, r3gan.g_loss, 1e-3, 0.1, "#b8860b"),
+    "r3gan-r1": Way(r3gan.d_loss, r3gan.g_loss, 1e-3, 0.1, "#708238"),
 }
 
 # The mixture: the circle's radius, and the standard deviation of each Gaussian.
 RADIUS = 2.0
 STD = 0.02
 
-# What a loss needs of its own.
-CLIP = 0.05  # wgan: D's largest weight
-PENALTY = 0.1  # wgan_gp: weight of the gradient penalty
-SCALE = 20.0  # sngan: factor of D's scores
-
 # G's points are kept at the start and at 30 moments after it, of which the picture shows some.
 MOMENTS = 30
 COLUMNS = (0, 1, 3, 9, 18, 30)
-COLOURS = ("#d1495b", "#e07b39", "#2e8b57", "#2878b5", "#6a4c93", "#a0522d")
 
 
 def parse_args(argv=None):
@@ -80,12 +104,13 @@ def parse_args(argv=None):
         allow_abbrev=False,
         formatter_class=runs.HelpFormatter,
     )
-    p.add_argument("--only", choices=LOSSES, help="train with this loss alone")
+    p.add_argument("--only", choices=WAYS, help="train in this way alone")
     p.add_argument("--modes", type=runs.positive_int, default=8, help="Gaussians on the circle")
     p.add_argument("--batch-size", type=runs.positive_int, default=256, help="points per update")
-    p.add_argument("--width", type=runs.positive_int, default=128, help="units of a hidden layer")
-    p.add_argument("--lr", type=runs.positive_float, default=1e-3, help="learning rate")
-    p.add_argument("--steps", type=runs.positive_int, default=3000, help="updates of G")
+    p.add_argument("--width", type=runs.positive_int, default=64, help="units of a hidden layer")
+    p.add_argument("--lr", type=runs.positive_float, help="learning rate (default: each way's own)")
+    p.add_argument("--strength", type=runs.non_negative_float, help="(default: each way's own)")
+    p.add_argument("--steps", type=runs.positive_int, default=2000, help="updates of G")
     p.add_argument("--seed", type=runs.non_negative_int, default=0, help="of all random numbers")
     p.add_argument("--out-dir", type=runs.path, default="runs/eight_gaussians", help="for results")
     p.add_argument("--overwrite", action="store_true", help="replace the results in --out-dir")
@@ -151,17 +176,18 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Points (N, 2) -> scores (N,), with spectral norm and a scale if `spectral`."""
+    """Points (N, 2) -> scores (N,). With `scale`, each layer has spectral norm, and the scores are
+    multiplied by it."""
 
-    def __init__(self, width, spectral):
+    def __init__(self, width, scale=None):
         super().__init__()
         layers = [nn.Linear(2, width), nn.Linear(width, width), nn.Linear(width, width)]
         layers += [nn.Linear(width, 1)]
-        if spectral:
+        if scale is not None:
             layers = [sngan.sn(layer) for layer in layers]
         first, second, third, last = layers
         self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU(), last)
-        self.scale = SCALE if spectral else 1
+        self.scale = 1.0 if scale is None else scale
 
     def forward(self, x):
         return self.scale * self.net(x).flatten()
@@ -170,49 +196,79 @@ class Discriminator(nn.Module):
 # ----------------------------------------------------------------------------------------- training
 
 
+def make_optimisers(name, G, D, lr, strength):
+    """The optimisers of G and D for one of the WAYS."""
+    if name == "wgan":
+        opt_G = torch.optim.RMSprop(G.parameters(), lr=lr)
+        return opt_G, torch.optim.RMSprop(D.parameters(), lr=lr)
+
+    # beta1 is 0 with R1, as its authors have it, and 0.5 for most others, as in gan_toy.py.
+    betas = (0.5, 0.9)
+    lr_D = lr
+    if name in ("gan", "gan-saturating", "lsgan"):
+        betas = (strength, 0.9)
+    if name in ("gan-r1", "r3gan", "r3gan-r1"):
+        betas = (0.0, 0.9)
+    if name == "gan-slow-d":
+        lr_D = strength * lr
+    opt_G = torch.optim.Adam(G.parameters(), lr=lr, betas=betas, fused=True)
+    return opt_G, torch.optim.Adam(D.parameters(), lr=lr_D, betas=betas, fused=True)
+
+
 def train(name, args):
-    """Trains with the loss `name` of LOSSES. Returns G's points of the same noise, (2500, 2) each,
-    at the start and at MOMENTS moments after it. Exits with an error if they are not finite."""
+    """Trains in one of the WAYS. Returns G's points of the same noise, (2500, 2) each, at the start
+    and at MOMENTS moments after it. Exits with an error if they are not finite."""
     torch.manual_seed(args.seed)
     centres = mode_centres(args.modes)
-    d_loss, g_loss = LOSSES[name]
+    way = WAYS[name]
+    lr = way.lr if args.lr is None else args.lr
+    strength = way.strength if args.strength is None else args.strength
     G = Generator(args.width)
-    D = Discriminator(args.width, spectral=name == "sngan")
-    if name == "wgan":
-        opt_G = torch.optim.RMSprop(G.parameters(), lr=args.lr / 10)
-        opt_D = torch.optim.RMSprop(D.parameters(), lr=args.lr / 10)
-    else:
-        opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.9), fused=True)
-        opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(0.5, 0.9), fused=True)
+    D = Discriminator(args.width, scale=strength if name == "sngan" else None)
+    opt_G, opt_D = make_optimisers(name, G, D, lr, strength)
+    start_rates = [opt.param_groups[0]["lr"] for opt in (opt_G, opt_D)]
     n_critic = 5 if name in ("wgan", "wgan_gp") else 1
     fixed_z = torch.randn(2500, 2)
 
     def d_step(x_real):
-        """One update of D: minimise d_loss, with G fixed."""
+        """One update of D: minimise d_loss and its penalty, with G fixed."""
         D.requires_grad_(True)
         with torch.no_grad():
             x_fake = G(torch.randn(args.batch_size, 2))
-        loss_D = d_loss(D(x_real), D(x_fake))
+        loss_D = way.d_loss(D(x_real), D(x_fake))
         if name == "wgan_gp":
-            loss_D = loss_D + PENALTY * wgan_gp.gradient_penalty(D, x_real, x_fake)
+            loss_D = loss_D + strength * wgan_gp.gradient_penalty(D, x_real, x_fake)
+        if name in ("gan-r1", "r3gan", "r3gan-r1"):
+            loss_D = loss_D + strength / 2 * r3gan.gradient_penalty(D, x_real)
+        if name == "r3gan":
+            loss_D = loss_D + strength / 2 * r3gan.gradient_penalty(D, x_fake)
         opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
         if name == "wgan":
             with torch.no_grad():
                 for w in D.parameters():
-                    w.clamp_(-CLIP, CLIP)
+                    w.clamp_(-strength, strength)
 
     def g_step():
         """One update of G: minimise g_loss, with D fixed."""
         D.requires_grad_(False)
-        loss_G = g_loss(D(G(torch.randn(args.batch_size, 2))))
+        d_fake = D(G(torch.randn(args.batch_size, 2)))
+        if name in ("r3gan", "r3gan-r1"):
+            loss_G = way.g_loss(D(real_points(args.batch_size, centres)), d_fake)
+        else:
+            loss_G = way.g_loss(d_fake)
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
 
     kept = [G(fixed_z).detach()]
     for step in tqdm(range(1, args.steps + 1), name):
+        # The learning rates fall to 0 over the second half.
+        left = 1 - (step - 1) / args.steps
+        for opt, rate in zip((opt_G, opt_D), start_rates, strict=True):
+            opt.param_groups[0]["lr"] = rate * min(1.0, 2 * left)
+
         for _ in range(n_critic):
             d_step(real_points(args.batch_size, centres))
         g_step()
@@ -227,41 +283,52 @@ def train(name, args):
 
 
 def panel(points, centres, colour, size=150):
-    """A square image of the plane from -2.6 to 2.6, `size` pixels wide: real points in grey, G's
-    `points` (N, 2) in `colour`."""
+    """A square image of the plane from -2.6 to 2.6, `size` pixels wide, in a frame: real points in
+    grey, G's `points` (N, 2) in `colour`."""
     large = 3 * size  # reduced at the end, for smooth dots
     image = Image.new("RGB", (large, large), "white")
     pen = ImageDraw.Draw(image)
     real = real_points(60 * len(centres), centres)
-    for dots, fill, radius in ((real, "#b8b8b8", 9), (points, colour, 2)):
+    for dots, fill, radius in ((real, "#b8b8b8", 9), (points, colour, 3)):
         for x, y in ((dots / 5.2 + 0.5) * large).tolist():
             y = large - y
             pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill)
+    pen.rectangle([0, 0, large - 1, large - 1], outline="#cccccc", width=3)
     return image.reduce(3)
 
 
-def write_pictures(kept, centres, out_dir):
-    """Writes picture.png and movie.gif of what `train` returned, by the names of the losses."""
+def write_pictures(kept, centres, steps, out_dir):
+    """Writes picture.png and movie.gif of what `train` returned in `steps` steps, by the names of
+    the WAYS."""
     torch.manual_seed(0)  # the same real points in all panels
     font = ImageFont.load_default(size=14)
     size = 150
 
-    picture = Image.new("RGB", (110 + size * len(COLUMNS), size * len(kept)), "white")
+    # A row for each way, below headings with the steps.
+    picture = Image.new("RGB", (120 + size * len(COLUMNS), 24 + size * len(kept)), "white")
     pen = ImageDraw.Draw(picture)
+    for column, moment in enumerate(COLUMNS):
+        step = math.ceil(moment * steps / MOMENTS)
+        middle = 120 + (column + 0.5) * size
+        pen.text((middle, 12), f"step {step:,}", "black", font, anchor="mm")
     for row, (name, moments) in enumerate(kept.items()):
-        pen.text((6, (row + 0.5) * size), name, "black", font, anchor="lm")
+        pen.text((6, 24 + (row + 0.5) * size), name, "black", font, anchor="lm")
         for column, moment in enumerate(COLUMNS):
-            tile = panel(moments[moment], centres, COLOURS[row])
-            picture.paste(tile, (110 + size * column, size * row))
+            tile = panel(moments[moment], centres, WAYS[name].colour)
+            picture.paste(tile, (120 + size * column, 24 + size * row))
     picture.save(out_dir / "picture.png")
 
+    # Five panels in a row of the movie.
+    columns = min(5, len(kept))
+    n_rows = math.ceil(len(kept) / columns)
     frames = []
     for moment in range(MOMENTS + 1):
-        frame = Image.new("RGB", (size * len(kept), size + 20), "white")
+        frame = Image.new("RGB", (size * columns, (size + 20) * n_rows), "white")
         pen = ImageDraw.Draw(frame)
-        for column, (name, moments) in enumerate(kept.items()):
-            pen.text(((column + 0.5) * size, 12), name, "black", font, anchor="mm")
-            frame.paste(panel(moments[moment], centres, COLOURS[column]), (size * column, 20))
+        for k, (name, moments) in enumerate(kept.items()):
+            left, top = size * (k % columns), (size + 20) * (k // columns)
+            pen.text((left + size / 2, top + 10), name, "black", font, anchor="mm")
+            frame.paste(panel(moments[moment], centres, WAYS[name].colour), (left, top + 20))
         frames.append(frame)
     durations = [150] * MOMENTS + [2000]  # milliseconds: the last one stays
     frames[0].save(
@@ -272,20 +339,22 @@ def write_pictures(kept, centres, out_dir):
 def main(argv=None):
     args = parse_args(argv)
     centres = mode_centres(args.modes)
-    kept = {name: train(name, args) for name in LOSSES if args.only in (None, name)}
+    kept = {name: train(name, args) for name in WAYS if args.only in (None, name)}
 
-    # The table: how the last points of each loss cover the mixture, and how real ones do.
-    rows = [["loss", "modes", "high_quality", "kl"]]
-    results = {name: moments[-1] for name, moments in kept.items()}
-    for name, points in {**results, "real points": real_points(2500, centres)}.items():
-        modes, high_quality, divergence = count(points, centres)
-        rows.append([name, modes, f"{high_quality:.3f}", f"{divergence:.3f}"])
+    # The table: how G's points cover the mixture at the end, in how many modes they were on average
+    # over the run, and the same of real points.
+    rows = [["way", "modes", "high_quality", "kl", "mean_modes"]]
+    for name, moments in {**kept, "real points": [None, real_points(2500, centres)]}.items():
+        modes, high_quality, divergence = count(moments[-1], centres)
+        mean_modes = sum(count(points, centres)[0] for points in moments[1:]) / len(moments[1:])
+        numbers = [f"{high_quality:.3f}", f"{divergence:.3f}", f"{mean_modes:.1f}"]
+        rows.append([name, modes, *numbers])
     for row in rows:
-        print("{:15} {:>6} {:>13} {:>7}".format(*row))
+        print("{:15} {:>6} {:>13} {:>7} {:>11}".format(*row))
 
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_pictures(kept, centres, out_dir)
+    write_pictures(kept, centres, args.steps, out_dir)
     with open(out_dir / "table.csv", "w", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows(rows)
     common.say(f"done: {out_dir / 'picture.png'}")

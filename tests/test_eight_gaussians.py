@@ -3,6 +3,7 @@
 import csv
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import SCRIPTS
 from PIL import Image
 
 import eight_gaussians
+import r3gan
 import wgan_gp
 
 
@@ -49,54 +51,118 @@ def test_counting():
 
 
 def test_the_losses_are_those_of_the_scripts():
-    for name, (d_loss, g_loss) in eight_gaussians.LOSSES.items():
-        module = SCRIPTS[name.removesuffix("-saturating")]
-        assert d_loss is module.d_loss
+    scripts = {"gan-slow-d": "gan", "gan-saturating": "gan", "gan-r1": "gan", "r3gan-r1": "r3gan"}
+    for name, way in eight_gaussians.WAYS.items():
+        module = SCRIPTS[scripts.get(name, name)]
+        assert way.d_loss is module.d_loss
         if name == "gan-saturating":
-            assert isinstance(g_loss, functools.partial)
-            assert g_loss.func is module.g_loss and g_loss.keywords == {"saturating": True}
+            assert isinstance(way.g_loss, functools.partial)
+            assert way.g_loss.func is module.g_loss
+            assert way.g_loss.keywords == {"saturating": True}
         else:
-            assert g_loss is module.g_loss
+            assert way.g_loss is module.g_loss
 
 
-def test_what_a_loss_needs_of_its_own(monkeypatch):
-    """Updates of D, clipped weights, a penalty, and spectral norm."""
-    steps, penalties, critics = [], [], []
+@pytest.fixture
+def watched(monkeypatch):
+    """What `train` does: the steps of its optimisers, the inputs of penalties, and its Ds."""
+    seen = SimpleNamespace(steps=[], penalties=[], critics=[])
     for optimiser in (torch.optim.Adam, torch.optim.RMSprop):
 
         def step(self, *args, step=optimiser.step):
-            steps.append(self)
+            seen.steps.append((self, self.param_groups[0]["lr"]))
             return step(self, *args)
 
         monkeypatch.setattr(optimiser, "step", step)
+    for module in (wgan_gp, r3gan):
 
-    def penalty(*args, penalty=wgan_gp.gradient_penalty):
-        penalties.append(penalty(*args))
-        return penalties[-1]
+        def penalty(D, *x, penalty=module.gradient_penalty, name=module.__name__):
+            seen.penalties.append((name, x))
+            return penalty(D, *x)
+
+        monkeypatch.setattr(module, "gradient_penalty", penalty)
 
     class Discriminator(eight_gaussians.Discriminator):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            critics.append(self)
+            seen.critics.append(self)
 
-    monkeypatch.setattr(wgan_gp, "gradient_penalty", penalty)
     monkeypatch.setattr(eight_gaussians, "Discriminator", Discriminator)
-    flags = ["--steps", "2", "--width", "16", "--batch-size", "8", "--lr", "0.01"]
-    for name in eight_gaussians.LOSSES:
-        steps.clear(), penalties.clear()
-        kept = eight_gaussians.train(name, eight_gaussians.parse_args(flags))
-        assert len(kept) == eight_gaussians.MOMENTS + 1 and kept[0].shape == (2500, 2)
-        assert torch.stack(kept).isfinite().all() and not torch.equal(kept[0], kept[-1])
+    return seen
 
-        several = name in ("wgan", "wgan_gp")
-        assert len(steps) == (12 if several else 4) and steps.count(steps[-1]) == 2
-        assert isinstance(steps[-1], torch.optim.RMSprop if name == "wgan" else torch.optim.Adam)
-        assert len(penalties) == (10 if name == "wgan_gp" else 0)
-        largest = max(w.abs().max().item() for w in critics[-1].parameters())
-        assert (largest < 0.0501) == (name == "wgan")
-        linear = [m for m in critics[-1].modules() if isinstance(m, torch.nn.Linear)]
-        normed = [torch.nn.utils.parametrize.is_parametrized(m) for m in linear]
-        assert normed == [name == "sngan"] * 4
+
+FLAGS = "--steps 2 --width 16 --batch-size 8"
+
+
+@pytest.mark.parametrize("name", eight_gaussians.WAYS)
+def test_what_a_way_has_of_its_own(name, watched):
+    """Updates of D, clipped weights, penalties, spectral norm, and a slow D."""
+    args = eight_gaussians.parse_args([*FLAGS.split(), "--lr", "0.01"])
+    kept = eight_gaussians.train(name, args)
+    assert len(kept) == eight_gaussians.MOMENTS + 1 and kept[0].shape == (2500, 2)
+    assert torch.stack(kept).isfinite().all() and not torch.equal(kept[0], kept[-1])
+
+    several = name in ("wgan", "wgan_gp")
+    optimisers = [optimiser for optimiser, _ in watched.steps]
+    assert len(optimisers) == (12 if several else 4)
+    assert optimisers.count(optimisers[-1]) == 2, "one update of G per step"
+    assert isinstance(optimisers[-1], torch.optim.RMSprop if name == "wgan" else torch.optim.Adam)
+    rate_D, rate_G = watched.steps[0][1], watched.steps[several * 4 + 1][1]
+    assert rate_G == 0.01 and rate_D == pytest.approx(0.002 if name == "gan-slow-d" else 0.01)
+
+    penalties = {"wgan_gp": ["wgan_gp"] * 10, "gan-r1": ["r3gan"] * 2}
+    penalties |= {"r3gan-r1": ["r3gan"] * 2, "r3gan": ["r3gan"] * 4}
+    assert [module for module, _ in watched.penalties] == penalties.get(name, [])
+    if name in ("gan-r1", "r3gan-r1", "r3gan"):
+        (x_real,) = watched.penalties[0][1]
+        assert x_real.norm(dim=1).min() > 1.5 and x_real.norm(dim=1).max() < 2.5, "R1: real points"
+    if name == "r3gan":
+        (x_fake,) = watched.penalties[1][1]
+        assert x_fake.norm(dim=1).max() < 1.5, "R2: G's points, in the middle at first"
+
+    largest = max(w.abs().max().item() for w in watched.critics[-1].parameters())
+    assert (largest < eight_gaussians.WAYS["wgan"].strength + 1e-4) == (name == "wgan")
+    linear = [m for m in watched.critics[-1].modules() if isinstance(m, torch.nn.Linear)]
+    normed = [torch.nn.utils.parametrize.is_parametrized(m) for m in linear]
+    assert normed == [name == "sngan"] * 4
+
+
+@pytest.mark.parametrize("name", eight_gaussians.WAYS)
+def test_the_strength_changes_the_run(name):
+    runs = []
+    for strength in ("0.3", "0.6"):
+        args = eight_gaussians.parse_args([*FLAGS.split(), "--strength", strength])
+        runs.append(eight_gaussians.train(name, args)[-1])
+    assert not torch.equal(*runs)
+
+
+def test_the_learning_rates_fall_over_the_second_half(watched):
+    args = eight_gaussians.parse_args(
+        ["--steps", "10", "--width", "8", "--batch-size", "8", "--lr", "1"]
+    )
+    eight_gaussians.train("gan", args)
+    expected = [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    assert [lr for _, lr in watched.steps[::2]] == pytest.approx(expected)
+    assert [lr for _, lr in watched.steps[1::2]] == pytest.approx(expected)
+
+
+def test_a_pair_is_compared_with_real_points_of_its_own(monkeypatch):
+    """r3gan's loss of G gets scores of real points first."""
+    calls = []
+
+    def g_loss(d_real, d_fake):
+        calls.append((d_real, d_fake))
+        return r3gan.g_loss(d_real, d_fake)
+
+    monkeypatch.setattr(eight_gaussians.WAYS["r3gan"], "g_loss", g_loss)
+    drawn = []
+    real_points = eight_gaussians.real_points
+    monkeypatch.setattr(
+        eight_gaussians, "real_points", lambda *args: drawn.append(args) or real_points(*args)
+    )
+    eight_gaussians.train("r3gan", eight_gaussians.parse_args(FLAGS.split()))
+    assert len(calls) == 2 and len(drawn) == 4, "for D, and again for G"
+    assert all(not torch.equal(d_real, d_fake) for d_real, d_fake in calls)
 
 
 def test_main_writes_its_results(tmp_path, capsys):
@@ -104,7 +170,8 @@ def test_main_writes_its_results(tmp_path, capsys):
     flags += ["--out-dir", str(tmp_path / "run")]
     eight_gaussians.main(flags)
     rows = list(csv.DictReader((tmp_path / "run" / "table.csv").read_text().splitlines()))
-    assert [row["loss"] for row in rows] == [*eight_gaussians.LOSSES, "real points"]
+    assert [row["way"] for row in rows] == [*eight_gaussians.WAYS, "real points"]
+    assert rows[-1]["mean_modes"] == "8.0"
     assert float(rows[-1]["high_quality"]) == pytest.approx(0.989, abs=0.01)
     assert rows[-1]["modes"] == "8"
     printed = capsys.readouterr()
