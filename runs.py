@@ -194,7 +194,7 @@ def parse_args(p, argv, generate_only=()):
     check_writable(p, args.out_dir)
     if args.resume or args.generate:
         args = parse_with_run(p, argv, args, own_defaults, generate_only)
-    elif is_used(args.out_dir) and not args.overwrite:
+    elif common.rank() == 0 and is_used(args.out_dir) and not args.overwrite:
         p.error(in_the_way(args.out_dir))
 
     # Flags that need something of this machine.

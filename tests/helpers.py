@@ -20,7 +20,7 @@ import common
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 CONVOLUTIONAL = NAMES[1:]
-OTHERS = ("tricks", "ssgan", "stylegan2", "ebgan", "began", "progan", "r3gan")
+OTHERS = ("tricks", "ssgan", "ebgan", "began", "progan", "stylegan", "stylegan2", "r3gan")
 SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, *OTHERS)}
 WITHOUT_N_CRITIC = ("stylegan2", "r3gan")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -95,6 +95,8 @@ def test_common_flags(name):
         ("ebgan", "dcgan", "Generator init_weights"),
         ("progan", "wgan_gp", "d_loss g_loss"),
         ("progan", "stylegan2", "minibatch_deviation"),
+        ("stylegan", "stylegan2", "minibatch_deviation d_loss g_loss r1_penalty"),
+        ("stylegan", "progan", "channels_at last_stage stage_and_fade reals_at"),
     ],
 )
 def test_what_others_share(name, other, shared):

@@ -119,13 +119,14 @@ REPLACEMENTS = [
 
 # Parts of the scripts that have no place in a copy: from the first text up to the second one.
 CUTS = [
-    # cgan.py's --label and stylegan2.py's --truncation, which go with --generate.
+    # cgan.py's --label and the --truncation of two others, which go with --generate.
     ('    p.add_argument("--label"', "    args = runs.parse_args("),
     ("    if args.label is not None and", "    return args\n"),
     ("def class_number(", "def main("),
     ('    p.add_argument(\n        "--truncation"', "    return runs.parse_args("),
+    ('    p.add_argument(\n        "--truncation"', "    args = runs.parse_args("),
     ("- The mean of w for --truncation", "\n"),
-    # progan.py's refusal of --cuda-graph.
+    # The refusal of --cuda-graph by progan.py and stylegan.py.
     ("    if args.cuda_graph:", "    return args\n"),
     # cgan.py's check of the classes.
     ("    if n_classes == 0:", "\n    # Networks"),
@@ -141,10 +142,10 @@ def fail(message):
 
 def cut(text, start, end):
     """`text` without the part from `start` up to `end`, if there is one."""
-    before, found, rest = text.partition(start)
+    before, _, rest = text.partition(start)
+    _, found, after = rest.partition(end)
     if not found:
         return text
-    _, _, after = rest.partition(end)
     return before + end + after
 
 

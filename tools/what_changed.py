@@ -30,7 +30,8 @@ PAGES = {
     "what-changed-large.md": [
         "gan ssgan",
         "wgan_gp progan",
-        "progan stylegan2",
+        "progan stylegan",
+        "stylegan stylegan2",
         "dcgan stylegan2",
         "stylegan2 r3gan",
     ],
@@ -80,8 +81,13 @@ stylegan2 r3gan: With a loss that compares each real image with a generated one,
 D's slope at both kinds of images, training converges locally, and G has to cover all of the data.
 Then the tricks of StyleGAN2 can go, and both networks become plain residual ones.
 
-progan stylegan2: Skip connections do what growing was for: coarse pictures come first by
-themselves, in networks of a fixed size. Styles take the place of z at the start.
+progan stylegan: z need not be the input of the first layer. A mapping turns it into w, and w sets
+the mean and the scale of every feature in every layer: a style for each size. Noise draws what is
+random, such as where each hair lies.
+
+stylegan stylegan2: Instance norm lets G hide how strong a feature is, which showed as blobs.
+Demodulation works on the weights instead. Skip connections do what growing was for: coarse pictures
+come first by themselves, in networks of a fixed size.
 """
 
 # A long change is told in parts. Each has a title, the classes and functions that it shows (or the

@@ -1,0 +1,278 @@
+"""stylegan.py: its layers by hand, mixed styles, truncation, growing from 8x8, and one picture."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    checkpoint,
+    first_image,
+    images_in,
+    log_rows,
+    open_script,
+    picture,
+    picture_folder,
+    same,
+    train,
+)
+from torch import nn
+from torch.nn.functional import avg_pool2d, interpolate, leaky_relu
+
+import runs
+import stylegan
+
+
+def networks(width=8, image_size=16):
+    torch.manual_seed(0)
+    return stylegan.Generator(6, width, 3, image_size), stylegan.Discriminator(width, 3, image_size)
+
+
+def test_shapes_and_fades_at_each_stage():
+    G, D = networks()
+    z = torch.randn(4, 6)
+    for stage in (0, 1, 2):
+        size = 4 * 2**stage
+        x = G(z, stage, 1.0)
+        assert x.shape == (4, 3, size, size) and D(x, stage, 1.0).shape == (4,)
+    for stage in (1, 2):
+        size = 4 * 2**stage
+        G.eval()
+        small = G(z, stage - 1, 1.0)
+        assert torch.allclose(G(z, stage, 0.0), interpolate(small, scale_factor=2), atol=1e-5)
+        x = torch.randn(4, 3, size, size)
+        expected = D(avg_pool2d(x, 2), stage - 1, 1.0)
+        assert torch.allclose(D(x, stage, 0.0), expected, atol=1e-5)
+    assert [stylegan.channels_at(size, 512) for size in (4, 32, 64, 1024)] == [512, 512, 256, 16]
+    assert len(G.layers) == 2 * 4 - 2
+
+
+def test_a_layer_by_hand():
+    """Convolution, blur where it upsampled, noise, bias, leaky ReLU, instance norm, style."""
+    torch.manual_seed(0)
+    layer = stylegan.Layer(5, 7, 8, 6, up=True).eval()
+    with torch.no_grad():
+        layer.noise_strength.normal_()
+        layer.bias.normal_()
+        layer.affine.bias.normal_()
+    x, w = torch.randn(3, 5, 4, 4), torch.randn(3, 6)
+    y = interpolate(x, scale_factor=2)
+    weight = layer.conv.weight * (2 / (5 * 9)) ** 0.5
+    y = nn.functional.conv2d(y, weight, padding=1)
+    taps = torch.tensor([1.0, 2.0, 1.0]) / 4
+    blur = (taps[:, None] * taps).expand(7, 1, 3, 3)
+    y = nn.functional.conv2d(y, blur, padding=1, groups=7)
+    y = y + layer.noise_strength[:, None, None] * layer.constant_noise
+    y = leaky_relu(y + layer.bias[:, None, None], 0.2)
+    mean, variance = y.mean((2, 3), keepdim=True), y.var((2, 3), correction=0, keepdim=True)
+    y = (y - mean) / (variance + 1e-8).sqrt()
+    style = w @ layer.affine.weight.T / 6**0.5 + layer.affine.bias
+    scale, shift = style[:, :7, None, None], style[:, 7:, None, None]
+    assert torch.allclose(layer(x, w), (scale + 1) * y + shift, atol=1e-5)
+
+
+def test_the_style_sets_mean_and_scale():
+    """The norm comes before the style: the output has its mean and standard deviation."""
+    layer = stylegan.Layer(5, 7, 8, 6)
+    x, w = 9 + 4 * torch.randn(3, 5, 8, 8), torch.randn(3, 6)
+    y = layer(x, w)
+    scale, shift = layer.affine(w).chunk(2, 1)
+    assert torch.allclose(y.mean((2, 3)), shift, atol=1e-4)
+    assert torch.allclose(y.std((2, 3), correction=0), (scale + 1).abs(), atol=1e-3)
+
+
+def test_noise():
+    """One strength for each channel, 0 at the start; another map for each image in training, the
+    same for all in evaluation mode."""
+    layer = stylegan.Layer(5, 7, 8, 6)
+    assert layer.noise_strength.shape == (7,) and not layer.noise_strength.any()
+    assert not any(part.bias is not None for part in (layer.conv,))
+    x, w = torch.randn(1, 5, 8, 8).expand(3, -1, -1, -1), torch.zeros(3, 6)
+    assert torch.allclose(layer(x, w)[0], layer(x, w)[1], atol=1e-6)
+    with torch.no_grad():
+        layer.noise_strength.fill_(1)
+    y = layer(x, w)
+    assert not torch.allclose(y[0], y[1], atol=0.1) and not torch.equal(y, layer(x, w))
+    layer.eval()
+    assert torch.allclose(layer(x, w)[0], layer(x, w)[1], atol=1e-6)
+
+
+def test_the_constant_and_the_first_layer():
+    G, _ = networks()
+    assert G.constant.shape == (8, 4, 4) and (G.constant == 1).all()
+    assert G.layers[0].conv is None and G.layers[1].conv is not None
+
+
+def test_mapping():
+    """Eight layers at a hundredth of the rate, from a normalised z: a step of Adam moves their
+    outputs a hundred times less."""
+    mapping = stylegan.Mapping(6)
+    linear = [layer for layer in mapping.net if isinstance(layer, stylegan.Linear)]
+    assert len(linear) == 8 and all(layer.rate == 0.01 for layer in linear)
+    assert linear[0].weight.std().item() == pytest.approx(100, rel=0.5)
+    z = torch.randn(50, 6)
+    assert torch.allclose(mapping(z), mapping(7 * z), atol=1e-4)
+    torch.manual_seed(0)
+    slow, fast = stylegan.Linear(100, 100, rate=0.01), stylegan.Linear(100, 100)
+    with torch.no_grad():
+        slow.weight.copy_(100 * fast.weight)
+    x = torch.randn(8, 100)
+    before = fast(x).detach()
+    assert torch.allclose(slow(x), before, atol=1e-4)
+    for layer in (slow, fast):
+        opt = torch.optim.Adam(layer.parameters(), lr=1e-3)
+        layer(x).square().sum().backward()
+        opt.step()
+    moved = [(layer(x) - before).norm().item() for layer in (slow, fast)]
+    assert moved[0] == pytest.approx(moved[1] / 100, rel=0.05)
+
+
+def test_mean_of_w():
+    """An average of the batches' means, of 0.995, in training alone."""
+    mapping = stylegan.Mapping(6)
+    z = torch.randn(40, 6)
+    w = mapping(z)
+    assert torch.allclose(mapping.mean_w, 0.005 * w.mean(0), atol=1e-6)
+    mapping.eval()
+    before = mapping.mean_w.clone()
+    mapping(z)
+    assert torch.equal(mapping.mean_w, before)
+
+
+def test_mixed_styles():
+    """In nine of ten batches; one cutoff for the batch; never all layers."""
+    w, other = torch.zeros(5, 6, 3), torch.ones(5, 6, 3)
+    torch.manual_seed(0)
+    counts = torch.zeros(7)
+    for _ in range(2000):
+        mixed = stylegan.mix_styles(w, other)
+        from_other = mixed[:, :, 0].sum(1)
+        assert (from_other == from_other[0]).all(), "the same for all images"
+        assert (mixed[:, 1:, 0] >= mixed[:, :-1, 0]).all(), "from a layer on"
+        counts[int(from_other[0])] += 1
+    assert counts[6] == 0, "the first layer keeps the first w"
+    assert counts[0].item() == pytest.approx(200, abs=45)
+    assert counts[1:6].min() > 270 and counts[1:6].max() < 450
+
+
+@pytest.mark.parametrize("step", ["d_step", "g_step"])
+def test_styles_are_mixed_in_both_steps(step, monkeypatch):
+    run, calls = open_script("stylegan"), []
+    mix = stylegan.mix_styles
+    monkeypatch.setattr(stylegan, "mix_styles", lambda *w: calls.append(w) or mix(*w))
+    x_real = torch.rand(4, 3, 16, 16)
+    run.d_step(x_real, 2, 1.0) if step == "d_step" else run.g_step(2, 1.0)
+    ((w, other),) = calls
+    assert w.shape == other.shape == (4, 6, 6) and not torch.equal(w, other)
+
+
+def test_d_step_has_r1_at_every_step(monkeypatch):
+    run, calls = open_script("stylegan", "--r1", 3), []
+    monkeypatch.setattr(stylegan, "r1_penalty", lambda D, x: calls.append(x) or torch.tensor(5.0))
+    monkeypatch.setattr(stylegan, "d_loss", lambda d_real, d_fake: d_real.mean() * 0 + 2)
+    x_real = torch.rand(4, 3, 8, 8)
+    for k in range(3):
+        loss_D, *_ = run.d_step(x_real, 1, 1.0)
+        assert loss_D.item() == 2 + 3 / 2 * 5
+        assert len(calls) == k + 1 and torch.equal(calls[-1], x_real)
+
+
+def test_D_compares_groups_of_four():
+    _, D = networks()
+    x = torch.randn(8, 3, 16, 16)
+    other = x.clone()
+    other[1] = torch.randn(3, 16, 16)  # with 2 groups, images 0, 2, 4 and 6 are in one
+    changed = (D(x, 2, 1.0) - D(other, 2, 1.0)).abs() > 1e-6
+    assert changed.tolist() == [False, True] * 4
+
+
+def test_the_images_begin_as_8x8():
+    """With 3 steps each: 8x8, a fade to 16x16, 16x16; Adam's state is emptied at 4 and at 7."""
+    run = open_script("stylegan", "--stage-steps", 3)
+    stages = [run.stage_at(step) for step in (1, 3, 4, 5, 6, 7, 100)]
+    thirds = [0, 1 / 3, 2 / 3]
+    assert stages == [(1, 1.0)] * 2 + [(2, pytest.approx(f)) for f in thirds] + [(2, 1.0)] * 2
+    for steps, done in ((3, 3), (4, 1), (6, 3), (7, 1), (9, 3)):
+        train("stylegan", f"run{steps}", "--stage-steps", 3, "--steps", steps)
+        saved = checkpoint(f"run{steps}")["state"]
+        for opt in ("opt_D", "opt_G"):
+            assert {int(s["step"]) for s in saved[opt]["state"].values()} == {done}
+
+
+def test_resume_in_a_fade_is_bit_for_bit():
+    flags = ["--stage-steps", 4, "--save-every", 6, "--log-every", 1]
+    train("stylegan", "whole", "--steps", 14, *flags)
+    train("stylegan", "parts", "--steps", 6, *flags)
+    train("stylegan", "parts", "--steps", 14, "--resume", small="")
+    assert log_rows("parts") == log_rows("whole")
+    assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
+
+
+def test_the_average():
+    """Half of it is gone after 10,000 images; the buffers are G's."""
+    torch.manual_seed(0)
+    average, G = networks()[0], stylegan.Generator(6, 8, 3, 16)
+    before = {k: v.clone() for k, v in average.state_dict().items()}
+    stylegan.move_average(average, G, 5000)
+    buffers = dict(G.named_buffers())
+    for name, value in average.state_dict().items():
+        beta = 0.0 if name in buffers else 0.5**0.5
+        expected = beta * before[name] + (1 - beta) * G.state_dict()[name]
+        assert torch.allclose(value, expected, atol=1e-6), name
+
+
+def test_the_average_draws_the_grids():
+    train("stylegan", "run", "--stage-steps", 20, "--steps", 6, "--lr", 0.05)
+    saved = checkpoint("run")["state"]
+    drawn = first_image("run", 6)
+    for part, close in (("average", True), ("G", False)):
+        G = stylegan.Generator(6, 8, 3, 16)
+        G.load_state_dict(saved[part])
+        with torch.no_grad():
+            image = interpolate(G.eval()(saved["fixed_z"], 1, 1.0), 16)[0].clamp(-1, 1)
+        assert ((image - drawn).abs().max() < 0.015) == close, part
+
+
+def test_truncation_is_for_generate_alone():
+    """0 gives the image of the mean of w; without it, images are those of w itself; and it changes
+    no training."""
+    train("stylegan", "run", "--stage-steps", 2, "--steps", 8, "--lr", 0.05)
+    saved = checkpoint("run")["state"]["average"]
+    G = stylegan.Generator(6, 8, 3, 16)
+    G.load_state_dict(saved)
+    G.eval()
+    flags = ["--out-dir", "run", "--device", "cpu", "--generate", "3"]
+    for truncation in ("0", "1"):
+        stylegan.main([*flags, "--truncation", truncation])
+    mean = list(images_in("run/generated").values())
+    varied = list(images_in("run/generated-2").values())
+    assert all(np.array_equal(image, mean[0]) for image in mean)
+    assert not np.array_equal(varied[0], varied[1])
+    with torch.no_grad():
+        w = saved["mapping.mean_w"].expand(1, 6, -1)
+        image = ((G.synthesise(w, 2, 1.0)[0] + 1) * 127.5).round().clamp(0, 255)
+    assert np.abs(image.permute(1, 2, 0).numpy() - mean[0]).max() <= 1
+    train("stylegan", "other", "--stage-steps", 2, "--steps", 8, "--lr", 0.05, "--truncation", 0.5)
+    assert same(checkpoint("other")["state"]["G"], checkpoint("run")["state"]["G"])
+
+
+def test_cuda_graphs_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(runs, "check_writable", lambda p, folder: None)
+    with pytest.raises(SystemExit):
+        stylegan.parse_args(["--cuda-graph", "--device", "cuda"])
+    assert "--cuda-graph cannot be used here" in capsys.readouterr().err
+
+
+def test_learns_one_picture_through_all_stages():
+    flags = "--image-size 16 --batch-size 4 --width 16 --z-dim 6 --stage-steps 40 --steps 200"
+    data = picture_folder(Path("pictures"))
+    flags = f"{flags} --r1 0.1 --lr 6e-3 --save-every 1000 --out-dir run --device cpu"
+    stylegan.main(f"--dataset {data} {flags}".split())
+    G = stylegan.Generator(6, 16, 3, 16)
+    G.load_state_dict(checkpoint("run")["state"]["G"])
+    with torch.no_grad():
+        images = (G(torch.randn(8, 6), 2, 1.0).permute(0, 2, 3, 1).numpy() + 1) * 127.5
+    distances = [[np.abs(image - picture(k)).mean() for k in (0, 1)] for image in images]
+    assert all(near < 45 and near < far for near, far in distances), distances
