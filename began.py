@@ -177,7 +177,7 @@ def main(argv=None):
         """z (n, z_dim), uniform in [-1, 1)."""
         return 2 * torch.rand(n, args.z_dim, device=args.device) - 1
 
-    # The noise of all grids: they show how the same images change.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
     def d_step(x_real):

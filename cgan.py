@@ -1,4 +1,4 @@
-"""Conditional GAN: the class is an input of both networks, so that it can be asked for.
+"""Conditional GAN: the class is an input of both networks, so you can ask G for a class.
 
 Mirza, Osindero 2014, Conditional Generative Adversarial Nets. https://arxiv.org/abs/1411.1784
 
@@ -6,7 +6,7 @@ Mirza, Osindero 2014, Conditional Generative Adversarial Nets. https://arxiv.org
     G:  min  -E[log sigmoid(D(G(z, y), y))]
 
 Differs from dcgan.py in: y, one-hot, joined to z in G and to the image as extra channels in D;
-the grid has one class per column.
+the grid has one class per column (at most 16).
 
 Deviations from the paper:
 - dcgan.py's convolutional networks; the paper's are fully connected, with maxout in D and dropout
@@ -68,7 +68,7 @@ class Generator(nn.Module):
         layers = [nn.ConvTranspose2d(z_dim + n_classes, c, 4, bias=False)]
         layers += [nn.BatchNorm2d(c), nn.ReLU()]
 
-        # 128 x 8x8, 64 x 16x16: one stage more for each doubling of the size
+        # 128 x 8x8, 64 x 16x16: one more stage each time the size doubles
         while c > width:
             layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c // 2), nn.ReLU()]
@@ -169,7 +169,7 @@ def main(argv=None):
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
-    # The noise and classes of all grids, which show how the same images change: a class per column.
+    # All grids use the same noise and classes, so they show the same images changing.
     rows = math.isqrt(common.grid_size(args))
     columns = min(n_classes, 2 * rows)
     fixed_y = torch.arange(columns, device=args.device).repeat(rows)

@@ -1,5 +1,4 @@
-"""Data in, pictures out: what the scripts share. Nothing in here knows a network, a loss, or how a
-run is kept.
+"""Data in, pictures out: what the scripts share. Nothing in here knows a network or a loss.
 
 Errors that a user can fix end the program with one line on stderr, "error: ...", and exit code 1.
 """
@@ -10,6 +9,7 @@ import itertools
 import math
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -69,7 +69,7 @@ def world_size():
 
 
 def rank():
-    """The number of this process among them, from 0. Rank 0 writes the files of the run."""
+    """The index of this process, from 0. Rank 0 writes the files of the run."""
     return int(os.environ["RANK"]) if started_by_torchrun() else 0
 
 
@@ -83,7 +83,7 @@ def started_by_torchrun():
 
 @dataclass
 class Data:
-    """A dataset in memory. With --generate, only what the checkpoint knows of it."""
+    """A dataset in memory or, with --generate, what the checkpoint records about it."""
 
     number: int  # of images
     channels: int  # 1 or 3
@@ -96,9 +96,10 @@ def load_data(args):
     """The dataset `args.dataset` as Data: on `args.device` if half of its free memory is enough,
     else in host memory. Exits with an error if it is missing, damaged or empty."""
     if args.generate:
-        # The flags came from this checkpoint, so that it has been found and read before.
+        # runs.parse_args has found and checked this checkpoint.
         file = Path(args.out_dir, "checkpoint.pt")
-        return Data(**torch.load(file, map_location="cpu", weights_only=True)["data"])
+        facts = torch.load(file, map_location="cpu", weights_only=True)["data"]
+        return Data(facts["number"], facts["channels"], facts["classes"])
 
     size = args.image_size
     left_out = []
@@ -214,10 +215,10 @@ def load_torchvision(name, data_dir, train=True):
     C, 32, 32), MNIST's 28 pixels with a border of zeros; labels int64 (N,); names of the
     classes. Exits with an error if its files are damaged, or missing and cannot be downloaded."""
     dataset_class = TORCHVISION_DATASETS[name]
+    # Rank 0 alone downloads; the other processes wait, and then find the files.
+    if rank() > 0:
+        dist.barrier()
     try:
-        # Rank 0 alone downloads; the other processes wait, and then find the files.
-        if rank() > 0:
-            dist.barrier()
         dataset = dataset_class(data_dir, train=train, download=True)
         if world_size() > 1 and rank() == 0:
             dist.barrier()
@@ -258,7 +259,7 @@ def what_is_wrong(dataset_class, data_dir, error):
         elif not check_integrity(folder / name, checksum):
             wrong.append(f"{name} is damaged")
 
-    # torchvision puts the error of the network on the last line of its own.
+    # The network error is on the last line of torchvision's message.
     last_line = (str(error).strip().splitlines() or [""])[-1]
     if wrong:
         return f"{folder}: {first_ten(wrong)}, and the download failed ({last_line})"
@@ -278,8 +279,8 @@ def load_folder(folder, size):
     """The images of a folder: uint8 (N, C, size, size), where C is 1 if all are grey, else 3;
     labels int64 (N,); names of the classes; and messages that say what was left out, and why.
 
-    The images are in the folder itself, or in one subfolder per class and anywhere below it: where
-    there are more of them. Classes are numbered in the order of their names; a subfolder without a
+    Images are taken from the folder itself or from its subfolders, one per class at any depth,
+    whichever holds more. Classes are numbered in the order of their names; a subfolder without a
     readable image is not one. Hidden files do not count. Exits with an error if there is nothing to
     read.
     """
@@ -292,7 +293,7 @@ def load_folder(folder, size):
         fail(message)
     files, has_classes, messages = find_images(folder)
 
-    # Their pixels: of all three channels only if some image has colours.
+    # Decode them, and keep three channels only if some image is in colour.
     images, readable, unreadable = decode_images(folder, files, size)
     if unreadable:
         messages.append(f"cannot read {count(unreadable, 'image')}: {first_three(unreadable)}")
@@ -330,7 +331,7 @@ def find_images(folder):
     has_classes = len(in_subfolders) > len(flat)
     if has_classes:
         used, unused, where = in_subfolders, flat, "beside the class folders"
-        check_splits(folder, used)
+        check_class_folders(folder, used)
     else:
         used, unused, where = flat, in_subfolders, "in subfolders"
 
@@ -349,6 +350,7 @@ def decode_images(folder, files, size):
     """The images that can be read: uint8 (N, 3, size, size), their N files, and the names of the
     others with the reason."""
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # for large colour profiles
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     images = empty_images(len(files), 3, size)
     readable, unreadable = [], []
     # Threads help, as Pillow releases the interpreter's lock.
@@ -378,9 +380,10 @@ def files_below(folder):
     return sorted(files, key=Path.as_posix)
 
 
-def check_splits(folder, files):
-    """Warns if subfolders with names such as train and test become classes. Exits with an error if
-    the class folders are inside them. `files` are the images, relative to `folder`."""
+def check_class_folders(folder, files):
+    """Exits with an error if the class folders are one level deeper, in train and test or in a
+    single subfolder. Warns if subfolders with such names become classes. `files` are the images,
+    relative to `folder`."""
     subfolders = sorted({file.parts[0] for file in files})
     splits = [name for name in subfolders if name.lower() in SPLITS]
     wrappers = splits
@@ -388,8 +391,8 @@ def check_splits(folder, files):
         wrappers = subfolders
     for name in wrappers:
         inside = [file for file in files if file.parts[0] == name]
-        if all(len(file.parts) > 2 for file in inside):
-            classes = {file.parts[1] for file in inside}
+        classes = {file.parts[1] for file in inside}
+        if len(classes) > 1 and all(len(file.parts) > 2 for file in inside):
             fail(f"{folder / name} has {count(classes, 'class folder')}: use it as --dataset")
     if splits:
         warn(f"{folder}: the subfolders {', '.join(splits)} are treated as classes")
@@ -467,8 +470,8 @@ def check_pixels(image, file):
 
 
 def grid_size(args):
-    """The number of images in a grid: 64, and fewer large ones, so that it is at most about 2,000
-    pixels wide."""
+    """The number of images in a grid: 64, or fewer if the images are large, so that it is at most
+    about 2,000 pixels wide."""
     if args.image_size <= 128:
         return 64
     if args.image_size == 256:
@@ -504,18 +507,19 @@ def summary_writer(folder):
 
 def generate(args, draw, labels=None):
     """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`, or to
-    generated-2/, generated-3/, ... if there are others. `draw(n)` returns n images (n, C, S, S) in
+    generated-2/, generated-3/, ... if those exist. `draw(n)` returns n images (n, C, S, S) in
     [-1, 1].
 
     With `labels`, int64 (`args.generate`,), `draw(n, y)` returns n images of the classes y,
     (n,), and the file names have the class: 000003_class7.png.
     """
     folder = Path(args.out_dir, "generated")
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = Path(args.out_dir, f"generated-{number}")
-    folder.mkdir()
+    for number in itertools.count(2):
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            folder = Path(args.out_dir, f"generated-{number}")
 
     # Do not seed here. The networks were initialised with the first numbers of the same seed, so z
     # would repeat their weights, and the images of such a z are unlike others.

@@ -1,10 +1,10 @@
-"""Eight Gaussians: ten ways to train a GAN on a mixture that one can see.
+"""Eight Gaussians: ten ways to train a GAN on a mixture that you can plot.
 
     python eight_gaussians.py                    all ten: about two minutes of one CPU core
     python eight_gaussians.py --only gan-slow-d  one of them
 
 The real points come from eight Gaussians on a circle. G maps noise to points, and D scores points.
-Each way has the same two networks and the very losses of its script, so that the loss is what
+Each way has the same two networks and exactly the losses of its script, so that the loss is what
 differs. In --out-dir this writes
 
     picture.png     a row for each way, a column for each moment: real points grey, G's in colour
@@ -109,7 +109,11 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=runs.positive_int, default=256, help="points per update")
     p.add_argument("--width", type=runs.positive_int, default=64, help="units of a hidden layer")
     p.add_argument("--lr", type=runs.positive_float, help="learning rate (default: each way's own)")
-    p.add_argument("--strength", type=runs.non_negative_float, help="(default: each way's own)")
+    p.add_argument(
+        "--strength",
+        type=runs.non_negative_float,
+        help="what a way has of its own, such as wgan's clip (default: each way's own)",
+    )
     p.add_argument("--steps", type=runs.positive_int, default=2000, help="updates of G")
     p.add_argument("--seed", type=runs.non_negative_int, default=0, help="of all random numbers")
     p.add_argument("--out-dir", type=runs.path, default="runs/eight_gaussians", help="for results")
@@ -164,12 +168,11 @@ class Generator(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.net = nn.Sequential(
-            *[nn.Linear(2, width), nn.ReLU()],
-            *[nn.Linear(width, width), nn.ReLU()],
-            *[nn.Linear(width, width), nn.ReLU()],
-            nn.Linear(width, 2),
-        )
+        layers = [nn.Linear(2, width), nn.ReLU()]
+        layers += [nn.Linear(width, width), nn.ReLU()]
+        layers += [nn.Linear(width, width), nn.ReLU()]
+        layers += [nn.Linear(width, 2)]
+        self.net = nn.Sequential(*layers)
 
     def forward(self, z):
         return self.net(z)
@@ -341,14 +344,16 @@ def main(argv=None):
     centres = mode_centres(args.modes)
     kept = {name: train(name, args) for name in WAYS if args.only in (None, name)}
 
-    # The table: how G's points cover the mixture at the end, in how many modes they were on average
-    # over the run, and the same of real points.
+    # The table: how G's points cover the mixture at the end, and how many modes they covered on
+    # average over the run. Real points are there for comparison.
     rows = [["way", "modes", "high_quality", "kl", "mean_modes"]]
-    for name, moments in {**kept, "real points": [None, real_points(2500, centres)]}.items():
+    for name, moments in kept.items():
         modes, high_quality, divergence = count(moments[-1], centres)
-        mean_modes = sum(count(points, centres)[0] for points in moments[1:]) / len(moments[1:])
-        numbers = [f"{high_quality:.3f}", f"{divergence:.3f}", f"{mean_modes:.1f}"]
-        rows.append([name, modes, *numbers])
+        all_modes = [count(points, centres)[0] for points in moments[1:]]
+        mean_modes = sum(all_modes) / len(all_modes)
+        rows.append([name, modes, f"{high_quality:.3f}", f"{divergence:.3f}", f"{mean_modes:.1f}"])
+    modes, high_quality, divergence = count(real_points(2500, centres), centres)
+    rows.append(["real points", modes, f"{high_quality:.3f}", f"{divergence:.3f}", f"{modes:.1f}"])
     for row in rows:
         print("{:15} {:>6} {:>13} {:>7} {:>11}".format(*row))
 

@@ -62,7 +62,7 @@ class Generator(nn.Module):
         # 256 x 4x4
         layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
 
-        # 128 x 8x8, 64 x 16x16: one stage more for each doubling of the size
+        # 128 x 8x8, 64 x 16x16: one more stage each time the size doubles
         while c > width:
             layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c // 2), nn.ReLU()]
@@ -142,7 +142,7 @@ def main(argv=None):
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
-    # The noise of all grids: they show how the same images change.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     def d_step(x_real):

@@ -294,7 +294,7 @@ def main(argv=None):
     # The average of G, which draws all images.
     average = copy.deepcopy(G)
 
-    # The noise of all grids: they show how the same images change.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     def d_step(x_real, stage, fade):

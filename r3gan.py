@@ -7,8 +7,8 @@ https://arxiv.org/abs/2501.05441
              + gamma/2 (E[||grad D(x)||^2] + E[||grad D(G(z))||^2])    (R1 and R2)
     G:  min  E[log(1 + exp(D(x) - D(G(z))))]
 
-D is asked whether x looks more real than G(z), where both are at the same place of their batches.
-Where D cannot tell, the two scores are equal, wherever they are.
+Each real image is paired with the generated image at the same place in the batch, and D is asked
+which of the two looks more real. Only the difference of their scores matters.
 
 Differs from stylegan2.py in: pairs in both losses; R2 beside R1, both at every step; residual
 networks without normalisation, styles, noise, skip connections and minibatch deviation; the
@@ -17,12 +17,13 @@ learning rate, gamma, Adam's beta2 and the half-life of G's average change in th
 This is the configuration in which the authors train CIFAR-10 (train.py of
 github.com/brownvc/R3GAN), at 32x32 with a width of 768 and a batch of 512. Deviations from it:
 - Images have no labels, and are not augmented. (The authors also flip them.)
-- Numbers have 32 bits; theirs have 16 in most layers.
-- What changes does so until the last of --steps, so that a --resume with more --steps brings the
-  learning rate back. In the authors' run it changes over the first 20 million images, and stays
-  for the other 230 million.
+- Everything is computed in float32; the authors use bfloat16 in most layers.
+- The schedules span --steps, so resuming with more --steps raises the learning rate again. The
+  authors' span the first 20 million images of 250 million.
 - The half-life of G's average ends at a quarter of all images, which is theirs at 20 million.
-- Networks of other sizes have the same width at every size.
+- For other image sizes, the width is still the same at every resolution.
+
+A small run on CIFAR-10:
 
     python r3gan.py --dataset cifar10 --width 32 --batch-size 32 --steps 1300
 """
@@ -140,8 +141,8 @@ class Resample(nn.Module):
 
 
 class Generator(nn.Module):
-    """z (N, z_dim) -> images (N, channels, image_size, image_size). G learns to keep them in
-    [-1, 1], where the real ones are: there is no tanh.
+    """z (N, z_dim) -> images (N, channels, image_size, image_size). G has no tanh: it learns to
+    stay in [-1, 1], the range of the real images.
 
     The comments have the shapes at the default width and size.
     """
@@ -279,7 +280,7 @@ def main(argv=None):
     # The average of G, which draws all images.
     average = copy.deepcopy(G)
 
-    # The noise of all grids: they show how the same images change.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     def d_step(x_real):
@@ -336,13 +337,14 @@ def main(argv=None):
     update = runs.cuda_graph(args, data, update)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:
-        done = (step - 1) / args.steps
+        # What the update needs is set before it; the average of G moves after it.
+        before, after = (step - 1) / args.steps, step / args.steps
         for opt in (opt_G, opt_D):
-            opt.param_groups[0]["lr"].fill_(cosine(args.lr, args.lr_end, done))
-            opt.param_groups[0]["beta2"].fill_(cosine(args.beta2, args.beta2_end, done))
-        gamma.fill_(cosine(args.gamma, args.gamma_end, done))
+            opt.param_groups[0]["lr"].fill_(cosine(args.lr, args.lr_end, before))
+            opt.param_groups[0]["beta2"].fill_(cosine(args.beta2, args.beta2_end, before))
+        gamma.fill_(cosine(args.gamma, args.gamma_end, before))
         values = update()
-        half_life = cosine(0, args.steps / 4, step / args.steps)  # in steps
+        half_life = max(1e-3, cosine(0, args.steps / 4, after))  # in steps
         move_average(average, G, 0.5 ** (1 / half_life))
         save_due = step % args.save_every == 0 or step == args.steps
 

@@ -39,8 +39,8 @@ START_FLAGS = {
     "cuda_graph",
 }
 
-# Flags of the run that may change when it is resumed. The dataset may have moved, and check_data
-# compares what it holds. All others decide what the run computes.
+# Flags of the run that may change when it is resumed. The dataset may have moved: check_data
+# compares its size, channels and classes. All others decide what the run computes.
 MAY_CHANGE = {"dataset", "data_dir", "steps", "log_every", "save_every"}
 
 # The contents of a checkpoint, those of its "data", and their types.
@@ -218,7 +218,7 @@ def parse_args(p, argv, generate_only=()):
 
 
 def add_shared_flags(p):
-    """Adds the flags that all scripts have and none of them reads: data, run and device."""
+    """Adds the flags that all scripts share: data, run and device."""
     group = p.add_argument_group("data")
     group.add_argument("--dataset", type=dataset, default="mnist", help=common.DATASET_HELP)
     group.add_argument("--data-dir", type=absolute_path, default="data", help="where downloads go")
@@ -297,7 +297,7 @@ def parse_with_run(p, argv, args, own_defaults, generate_only):
         p.error(message)
     saved = read_checkpoint(checkpoint, args.script)
 
-    # A flag that is newer than the run had its default in it; one that is gone has no effect.
+    # Flags added since the run was saved get their defaults; flags removed since are ignored.
     known = run_flags(args)
     saved_flags = {name: value for name, value in saved["args"].items() if name in known}
     saved_flags = {**own_defaults, **saved_flags}
@@ -335,20 +335,32 @@ def atomic_write(file):
         yield f
         f.flush()
         os.fsync(f.fileno())
-    os.replace(temporary, file)
+    # Windows refuses while another program has the file open, such as --generate.
+    for _ in range(50):
+        try:
+            os.replace(temporary, file)
+            return
+        except PermissionError:
+            time.sleep(0.1)
+    common.fail(f"{file} cannot be replaced: is it open in another program?")
 
 
 def lock_folder(folder):
     """Keeps other processes from training in a folder until `finish_run`, or until this process
     ends in any way. Exits with an error if another one is training there."""
-    key = str(folder.absolute())
+    key = folder.resolve()
     if key in LOCKS:  # by a run of this process that was interrupted, as in a notebook
         return
     lock = filelock.FileLock(folder / ".lock", thread_local=False)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        common.fail(f"another process is training in {folder}: choose another --out-dir")
+        common.fail(
+            f"another process is training in {folder}, or is a notebook that did: choose another "
+            "--out-dir"
+        )
+    except OSError as error:
+        common.fail(f"{folder} cannot be locked: {error.strerror}")
     LOCKS[key] = lock
 
 
@@ -380,12 +392,15 @@ def start_run(args, data, state):
     else:
         first = 0
         if args.init:
-            load_state(args, data, args.init, {"G": state["G"], "D": state["D"]})
+            saved = load_state(args, data, args.init, {"G": state["G"], "D": state["D"]})
+            warn_of_other_classes(saved["data"]["classes"], data.classes)
         # All processes have made the same weights; from here on, each has its own noise.
         if common.rank() > 0:
             torch.manual_seed(args.seed + common.rank())
 
-    # The files.
+    # The files, once all processes have read those of before.
+    if common.world_size() > 1:
+        dist.barrier()
     if common.rank() == 0:
         if args.resume:
             drop_rows_after(first, folder / "log.csv")
@@ -403,8 +418,9 @@ def finish_run(args):
     """Says where the last grid is and how to go on, and lets other processes use the folder."""
     if common.rank() == 0:
         last = Path(args.out_dir, "samples", f"{args.steps:06d}.png")
-        common.say(f"done: {last} (to train on, add --resume --steps {2 * args.steps})")
-        LOCKS.pop(str(Path(args.out_dir).absolute())).release()
+        command = f"python {args.script}.py --out-dir {args.out_dir} --resume"
+        common.say(f"done: {last}. To train on: {command} --steps {2 * args.steps}")
+        LOCKS.pop(Path(args.out_dir).resolve()).release()
 
 
 def prepare_optimisers(args, state):
@@ -416,6 +432,13 @@ def prepare_optimisers(args, state):
                 group["capturable"] = args.device not in ("cpu", "mps")
             if common.world_size() > 1:
                 part.register_step_pre_hook(average_gradients)
+
+
+def warn_of_other_classes(before, now):
+    """Warns if the numbers of the classes mean something else than in the run before."""
+    if before and now and before != now:
+        before, now = common.first_ten(before), common.first_ten(now)
+        common.warn(f"the classes of --init are {before}, and those of the dataset {now}")
 
 
 def remove_run(folder):
@@ -437,8 +460,8 @@ def resume_random_numbers(args, saved):
         except (TypeError, RuntimeError) as error:
             common.fail(f"{args.out_dir}: the saved random numbers are damaged ({error})")
     else:
-        before = f"{saved['device']} with {len(saved['random'])} processes"
-        now = f"{device} with {common.world_size()}"
+        before = f"{saved['device']} in {len(saved['random'])} process(es)"
+        now = f"{device} in {common.world_size()}"
         common.warn(f"the run was on {before}, and is now on {now}: its random numbers are new")
         torch.manual_seed(args.seed + saved["step"] + common.rank())
 
@@ -453,7 +476,7 @@ def random_module(args):
 
 
 def run_flags(args):
-    """The flags that belong to the run, by name, as they were typed."""
+    """The flags that belong to the run, by name, with the total batch size."""
     flags = {name: value for name, value in vars(args).items() if name not in START_FLAGS}
     flags["batch_size"] *= common.world_size()
     return flags
@@ -467,22 +490,22 @@ def facts(data):
 def check_data(args, data, saved):
     """Exits with an error if the dataset has other channels or classes than that of the saved
     run, and warns if it has another number of images."""
-    before = common.Data(**saved["data"])
-    if data.number != before.number:
+    before = saved["data"]
+    if data.number != before["number"]:
         common.warn(
             f"{args.dataset} has {data.number:,} images, but the run in {args.out_dir} had "
-            f"{before.number:,}"
+            f"{before['number']:,}"
         )
-    if data.channels != before.channels:
+    if data.channels != before["channels"]:
         common.fail(
             f"{args.dataset} has {data.channels} channels, but the run in {args.out_dir} has "
-            f"{before.channels}"
+            f"{before['channels']}"
         )
-    if data.classes != before.classes:
-        now, then = common.first_ten(data.classes), common.first_ten(before.classes)
+    if data.classes != before["classes"]:
+        now = common.first_ten(data.classes) or "(none)"
+        then = common.first_ten(before["classes"]) or "(none)"
         common.fail(
-            f"{args.dataset} has the classes {now or '(none)'}, but the run in {args.out_dir} has "
-            f"{then or '(none)'}"
+            f"{args.dataset} has the classes {now}, but the run in {args.out_dir} has {then}"
         )
 
 
@@ -492,7 +515,7 @@ def check_data(args, data, saved):
 def save_checkpoint(args, data, step, state):
     """Writes checkpoint.pt in `args.out_dir`: a dict of the run's flags ("args"), "data",
     "step", "state" and random numbers, for torch.load. Exits with an error if a weight or a
-    moment of an optimiser is not finite; the checkpoint from before stays."""
+    moment of an optimiser is not finite; the previous checkpoint is kept."""
     parts = {}
     for name, part in state.items():
         parts[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
@@ -538,6 +561,8 @@ def read_checkpoint(file, script):
         if damaged:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         saved = torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except FileNotFoundError:
         common.fail(f"{file} does not exist")
     except OSError as error:
@@ -587,8 +612,8 @@ def load_state(args, data, file, state):
 
 
 def fits(part, saved):
-    """Whether `saved`, from a checkpoint, has the names and shapes of a network, an optimiser or a
-    tensor. An optimiser does not check them itself, and a fused one crashes on wrong ones."""
+    """Whether `saved`, from a checkpoint, has the shapes of a network, an optimiser or a tensor. An
+    optimiser does not check them itself, and a fused one crashes on wrong ones."""
     if isinstance(part, torch.Tensor):
         return isinstance(saved, torch.Tensor) and saved.shape == part.shape
     if not isinstance(saved, dict):
@@ -618,15 +643,16 @@ def what_differs(args, data, saved, name):
     before = {**saved["args"], **saved["data"]}
     now = {**run_flags(args), **facts(data)}
     differ = [key for key in now if key in before and before[key] != now[key]]
+    differ = [key for key in differ if key not in MAY_CHANGE and key not in ("seed", "number")]
     sizes = [key for key in differ if key in ("image_size", "channels", "width", "z_dim")]
-    names = [f"{key} is {before[key]}, not {now[key]}" for key in sizes or differ]
-    return f"in its {name}, shapes differ ({common.first_ten(names) or 'or it is damaged'})"
+    names = [f"{key} was {before[key]}, and is {now[key]} now" for key in sizes or differ]
+    return f"in its {name}, shapes differ ({common.first_ten(names) or 'it is damaged'})"
 
 
 def log(args, step, values):
     """Adds a row to log.csv in `args.out_dir`: step, time in Unix seconds, and `values`, scalar
-    tensors by name: under torchrun, their means over all processes. Returns them as numbers, for
-    which it waits for the device. Exits with an error if one is not finite."""
+    tensors by name: under torchrun, their means over all processes. Returns them as numbers, which
+    requires waiting for the device. Exits with an error if one is not finite."""
     stacked = torch.stack(list(values.values()))
     if common.world_size() > 1:
         stacked = mean_over_processes(stacked)
@@ -647,7 +673,7 @@ def log(args, step, values):
                 rows.writerow(["step", "time", *numbers])
             rows.writerow([step, f"{time.time():.2f}", *rounded])
     except PermissionError:  # on Windows, a program that shows the file may keep others out
-        common.warn(f"{file} cannot be written, so that it has no row of step {step}")
+        common.warn(f"{file} cannot be written, so step {step} is missing from it")
     if args.tensorboard:
         for name, number in numbers.items():
             common.summary_writer(args.out_dir).add_scalar(name, number, step)
@@ -655,8 +681,8 @@ def log(args, step, values):
 
 
 def drop_rows_after(step, file):
-    """Drops the rows of a log.csv that will come again, those after `step`, and a torn last one.
-    What is not a row of a run stays."""
+    """Removes the rows of a log.csv after `step`, which the resumed run will write again, and an
+    incomplete last row. Other lines are kept."""
     if not file.exists():
         return
     kept = []
@@ -756,8 +782,7 @@ def join_processes(p, args):
 
 
 def average_gradients(optimiser, *_):
-    """Replaces the gradients that `optimiser` is going to use by their means over all processes. It
-    is called before each of its steps."""
+    """Averages the gradients of `optimiser` over all processes. Called before each of its steps."""
     parameters = [w for group in optimiser.param_groups for w in group["params"]]
     gradients = [w.grad for w in parameters if w.grad is not None]
     # One message for all of them is faster than one for each.
@@ -768,6 +793,6 @@ def average_gradients(optimiser, *_):
 
 
 def mean_over_processes(x):
-    """The mean of a tensor over all processes, in its place."""
+    """The mean of a tensor over all processes, computed in place."""
     dist.all_reduce(x)
     return x.div_(common.world_size())

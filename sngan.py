@@ -159,7 +159,7 @@ def main(argv=None):
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
-    # The noise of all grids: they show how the same images change.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     def d_step(x_real):

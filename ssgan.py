@@ -271,7 +271,7 @@ def main(argv=None):
     average = copy.deepcopy(D).eval()
     test_error = torch.ones((), device=args.device)
 
-    # The noise of all grids: they show how the same images change.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = torch.rand(common.grid_size(args), args.z_dim, device=args.device)
 
     def labelled_batch():

@@ -333,19 +333,33 @@ def test_resume_says_how_the_data_differs(capsys):
     with pytest.raises(SystemExit, match=message):
         train("dcgan", "run", "--steps", 7, "--resume")
     write_mnist("data")
-    with pytest.raises(SystemExit, match=r"does not fit: in its G, .*\(channels is 3, not 1\)"):
+    with pytest.raises(
+        SystemExit, match=r"does not fit: in its G, .*\(channels was 3, and is 1 now\)"
+    ):
         train("dcgan", "run", "--steps", 7, "--resume", data="mnist")
     assert checkpoint("run")["step"] == before
 
 
 def test_init_names_what_does_not_fit():
     train("dcgan", "run", "--steps", 5)
-    with pytest.raises(SystemExit, match=r"does not fit: in its G, .*\(width is 8, not 12\)"):
+    with pytest.raises(
+        SystemExit, match=r"does not fit: in its G, .*\(width was 8, and is 12 now\)"
+    ):
         train("dcgan", "new", "--steps", 5, "--init", "run/checkpoint.pt", "--width", 12)
     with pytest.raises(SystemExit, match=r"was written by dcgan\.py, not by wgan\.py"):
         train("wgan", "new", "--steps", 5, "--init", "run/checkpoint.pt")
     with pytest.raises(SystemExit, match=r"other\.pt does not exist"):
         train("dcgan", "new", "--steps", 5, "--init", "other.pt")
+
+
+def test_init_says_when_class_numbers_mean_something_else(capsys):
+    train("cgan", "run", "--steps", 1)
+    other = Path("others")
+    for name in ("class1", "class7"):
+        picture_folder(other / name)
+    train("cgan", "new", "--steps", 1, "--init", "run/checkpoint.pt", data=other)
+    message = "warning: the classes of --init are class0, class1, and those of the dataset class1, "
+    assert message in capsys.readouterr().err
 
 
 def test_cgan_needs_classes():

@@ -197,6 +197,29 @@ def test_a_write_that_fails_leaves_the_old_file():
     assert file.read_bytes() == b"new" and [p.name for p in Path().iterdir()] == ["file"]
 
 
+def test_a_write_waits_for_a_program_that_has_the_file_open(monkeypatch):
+    """As Windows demands it; and then the old file stays."""
+    refusals = [3]
+
+    def refuses(source, target, replace=os.replace):
+        if refusals[0] > 0:
+            refusals[0] -= 1
+            raise PermissionError(13, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuses)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    file = Path("file")
+    with runs.atomic_write(file) as f:
+        f.write(b"new")
+    assert file.read_bytes() == b"new"
+    refusals[0] = 1000
+    message = "file cannot be replaced: is it open in another program"
+    with pytest.raises(SystemExit, match=message), runs.atomic_write(file) as f:
+        f.write(b"newer")
+    assert file.read_bytes() == b"new"
+
+
 def test_a_write_replaces_the_file_and_does_not_change_it_in_place():
     file = Path("file")
     file.write_bytes(b"old")
@@ -242,7 +265,9 @@ def test_one_process_at_a_time_trains_in_a_folder():
     while checkpoint("run")["step"] == 1:
         time.sleep(0.01)
     for flags in (resume, ["--overwrite"]):
-        with pytest.raises(SystemExit, match="another process is training in run: choose another"):
+        with pytest.raises(
+            SystemExit, match="another process is training in run, or is a notebook"
+        ):
             train("dcgan", "run", *flags)
     child.kill()
     child.join()
@@ -253,7 +278,8 @@ def test_one_process_at_a_time_trains_in_a_folder():
 
 def test_the_last_line_names_the_last_grid_and_the_way_on(capsys):
     train("dcgan", "run", "--steps", 7)
-    line = f"done: {Path('run', 'samples', '000007.png')} (to train on, add --resume --steps 14)"
+    command = "python dcgan.py --out-dir run --resume --steps 14"
+    line = f"done: {Path('run', 'samples', '000007.png')}. To train on: {command}"
     assert capsys.readouterr().err.splitlines()[-1] == line
 
 
@@ -279,7 +305,7 @@ def test_a_log_that_cannot_be_written_for_a_moment_does_not_end_the_run(monkeypa
     failed = []
     monkeypatch.setattr(runs, "open", locked_at_step_5, raising=False)
     train("dcgan", "run", "--steps", 10)
-    assert "log.csv cannot be written, so that it has no row of step 5" in capsys.readouterr().err
+    assert "log.csv cannot be written, so step 5 is missing from it" in capsys.readouterr().err
     assert [row["step"] for row in log_rows("run")] == [10]
 
 

@@ -95,7 +95,7 @@ def test_the_batch_size_is_the_total_and_one_process_can_go_on(both, tmp_path, c
     assert json.loads((folder / "whole" / "args.json").read_text())["batch_size"] == 4
     run = Path(folder, "whole")
     train("dcgan", run, "--resume", "--steps", 7, data=folder / "pictures", small="")
-    assert "on cpu with 2 processes, and is now on cpu with 1" in capsys.readouterr().err
+    assert "on cpu in 2 process(es), and is now on cpu in 1" in capsys.readouterr().err
     assert checkpoint(run)["args"]["batch_size"] == 4 and checkpoint(run)["step"] == 7
 
 

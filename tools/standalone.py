@@ -2,10 +2,11 @@
 
     python tools/standalone.py wgan_gp.py my_gan.py
 
-The docstring, flags, networks, losses and steps stay as they are. The calls of common.py and
-runs.py become a few plain lines, which load MNIST, Fashion-MNIST, CIFAR-10 or a folder of class
-folders, save a grid of images now and then, and the weights at the end. Resuming, the log, CUDA
-graphs, several GPUs and the checks of the input are lost.
+The docstring, networks, losses, steps, and the script's own flags with their defaults stay as they
+are. The calls of common.py and runs.py become a few plain lines, which load MNIST, Fashion-MNIST,
+CIFAR-10 or a folder of class folders (in colour), save a grid of images now and then, and the
+weights at the end. Resuming, the log, CUDA graphs, several GPUs and the checks of the input are
+lost.
 
 tricks.py, ssgan.py and eight_gaussians.py use more of the collection than this can replace.
 """
@@ -79,7 +80,7 @@ END_OF_LOOP = """\
     torch.save({"G": G.state_dict(), "D": D.state_dict()}, out_dir / "weights.pt")
 """
 
-# What stands in the scripts, and what takes its place.
+# Text in the scripts, and what replaces it. The order matters.
 REPLACEMENTS = [
     # Imports.
     ("from argparse import", "from argparse import ArgumentDefaultsHelpFormatter,"),
@@ -195,7 +196,7 @@ def standalone(name, text):
     text = re.sub(r"(?=# -+ networks\n)", lambda _: DATA, text, count=1)
     text = replace_loop(replace_batch(text))
 
-    # What only the replaced lines have used.
+    # Remove what only the replaced lines needed.
     if "labels[index]" not in text:
         text = text.replace("images, labels = load_data(args)", "images, _ = load_data(args)")
     if "math." not in text:
@@ -218,10 +219,13 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     source = ROOT / args.script.name
-    if not source.is_file():
+    is_another = args.script.exists() and args.script.resolve() != source.resolve()
+    if is_another or not source.is_file():
         fail(f"{args.script} is not a script of this collection")
     if args.target.exists():
         fail(f"{args.target} exists: choose another name")
+    if not args.target.parent.is_dir():
+        fail(f"{args.target.parent} is not a folder")
     text = standalone(source.name, source.read_text("utf-8"))
     args.target.write_text(text, "utf-8")
     print(args.target)

@@ -1,5 +1,5 @@
-"""Writes docs/what-changed.md and docs/what-changed-large.md, how the scripts differ, from the
-scripts: `python tools/what_changed.py`."""
+"""Writes two pages that compare the scripts, docs/what-changed.md and docs/what-changed-large.md:
+`python tools/what_changed.py`."""
 
 import difflib
 import re
@@ -229,32 +229,32 @@ def page(name):
     """The text of one of the PAGES."""
     ideas = dict(re.findall(r"(\w+ \w+): (.*?)\n\n", IDEAS + "\n", flags=re.DOTALL))
     changes = [change.split() for change in PAGES[name]]
-    page = INTRODUCTION + "\n"
+    text = INTRODUCTION + "\n"
     for before, after in changes:
-        page += f"- [{before} → {after}](#{before}--{after})\n"
+        text += f"- [{before} → {after}](#{before}--{after})\n"
     for other in PAGES.keys() - {name}:
         there = ", ".join(dict.fromkeys(change.split()[1] for change in PAGES[other]))
-        page += f"- on [another page](./{other}): {there}\n"
+        text += f"- on [another page](./{other}): {there}\n"
 
     for before, after in changes:
-        texts = {name: (ROOT / f"{name}.py").read_text("utf-8") for name in (before, after)}
+        texts = {script: (ROOT / f"{script}.py").read_text("utf-8") for script in (before, after)}
         idea = ideas[f"{before} {after}"]
-        page += f"\n## {before} → {after}\n\n{idea}\n\n```\n"
+        text += f"\n## {before} → {after}\n\n{idea}\n\n```\n"
         width = max(8, len(after) + 1)
-        for name, text in texts.items():
-            for objective in objectives(text):
-                page += f"{name:<{width}}{objective}\n".replace("\n    ", "\n" + " " * width)
-        page += "```\n"
-        page += changed_defaults(before, after, texts)
+        for script, source in texts.items():
+            for objective in objectives(source):
+                text += f"{script:<{width}}{objective}\n".replace("\n    ", "\n" + " " * width)
+        text += "```\n"
+        text += changed_defaults(before, after, texts)
 
         old, new = parts(texts[before]), parts(texts[after])
         pattern = rf"{before} {after}, (.*?) \((.*?)\): (.*?)\n\n"
         headings = re.findall(pattern, HEADINGS + "\n", flags=re.DOTALL)
         if headings:
-            page += by_heading(old, new, headings)
+            text += by_heading(old, new, headings)
         else:
-            page += by_section(old, new)
-    return page
+            text += by_section(old, new)
+    return text
 
 
 if __name__ == "__main__":
