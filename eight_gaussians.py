@@ -75,15 +75,15 @@ class Way:
 
 saturating = functools.partial(gan.g_loss, saturating=True)
 WAYS = {
-    "gan": Way(gan.d_loss, gan.g_loss, 1e-3, 0.5, "#d1495b"),
-    "gan-slow-d": Way(gan.d_loss, gan.g_loss, 1e-3, 0.2, "#8c2f39"),
+    "gan": Way(gan.d_loss, gan.g_loss, 2e-3, 0.0, "#d1495b"),
+    "gan-slow-d": Way(gan.d_loss, gan.g_loss, 2e-3, 0.1, "#8c2f39"),
     "gan-saturating": Way(gan.d_loss, saturating, 1e-3, 0.5, "#e07b39"),
-    "lsgan": Way(lsgan.d_loss, lsgan.g_loss, 1e-3, 0.5, "#2e8b57"),
+    "lsgan": Way(lsgan.d_loss, lsgan.g_loss, 2e-3, 0.0, "#2e8b57"),
     "wgan": Way(wgan.d_loss, wgan.g_loss, 1e-4, 0.05, "#2878b5"),
     "wgan_gp": Way(wgan_gp.d_loss, wgan_gp.g_loss, 1e-3, 0.1, "#6a4c93"),
     "sngan": Way(sngan.d_loss, sngan.g_loss, 1e-3, 20.0, "#a0522d"),
-    "gan-r1": Way(gan.d_loss, gan.g_loss, 1e-3, 0.1, "#008080"),
-    "r3gan": Way(r3gan.d_loss, r3gan.g_loss, 1e-3, 0.1, "#b8860b"),
+    "gan-r1": Way(gan.d_loss, gan.g_loss, 2e-3, 0.1, "#008080"),
+    "r3gan": Way(r3gan.d_loss, r3gan.g_loss, 2e-3, 0.1, "#b8860b"),
     "r3gan-r1": Way(r3gan.d_loss, r3gan.g_loss, 1e-3, 0.1, "#708238"),
 }
 
@@ -205,7 +205,7 @@ def make_optimisers(name, G, D, lr, strength):
         opt_G = torch.optim.RMSprop(G.parameters(), lr=lr)
         return opt_G, torch.optim.RMSprop(D.parameters(), lr=lr)
 
-    # beta1 is 0 with R1, as its authors have it, and 0.5 for most others, as in gan_toy.py.
+    # beta1 is 0 with R1, as its authors have it, and 0.5 as in gan_toy.py for most others.
     betas = (0.5, 0.9)
     lr_D = lr
     if name in ("gan", "gan-saturating", "lsgan"):
@@ -213,6 +213,7 @@ def make_optimisers(name, G, D, lr, strength):
     if name in ("gan-r1", "r3gan", "r3gan-r1"):
         betas = (0.0, 0.9)
     if name == "gan-slow-d":
+        betas = (WAYS["gan"].strength, 0.9)
         lr_D = strength * lr
     opt_G = torch.optim.Adam(G.parameters(), lr=lr, betas=betas, fused=True)
     return opt_G, torch.optim.Adam(D.parameters(), lr=lr_D, betas=betas, fused=True)
