@@ -117,7 +117,7 @@ def load_data(args):
     line = f"{args.out_dir} on {device_name(args.device)}: {number:,} images of "
     line += f"{channels}x{size}x{size} from {args.dataset}"
     if classes:
-        line += f", {len(classes)} classes: {first_ten(classes)}"
+        line += f", {count(classes, 'class', 'classes')}: {first_ten(classes)}"
     say(line)
     for message in left_out:
         warn(message)
@@ -398,9 +398,11 @@ def check_class_folders(folder, files):
         warn(f"{folder}: the subfolders {', '.join(splits)} are treated as classes")
 
 
-def count(items, noun):
+def count(items, noun, plural=None):
     """The number of items with their noun, such as "2 images"."""
-    return f"{len(items):,} {noun}" if len(items) == 1 else f"{len(items):,} {noun}s"
+    if len(items) != 1:
+        noun = plural or f"{noun}s"
+    return f"{len(items):,} {noun}"
 
 
 def first_three(names):

@@ -77,14 +77,14 @@ saturating = functools.partial(gan.g_loss, saturating=True)
 WAYS = {
     "gan": Way(gan.d_loss, gan.g_loss, 2e-3, 0.0, "#d1495b"),
     "gan-slow-d": Way(gan.d_loss, gan.g_loss, 2e-3, 0.1, "#8c2f39"),
-    "gan-saturating": Way(gan.d_loss, saturating, 1e-3, 0.5, "#e07b39"),
+    "gan-saturating": Way(gan.d_loss, saturating, 2e-3, 0.5, "#e07b39"),
     "lsgan": Way(lsgan.d_loss, lsgan.g_loss, 2e-3, 0.0, "#2e8b57"),
-    "wgan": Way(wgan.d_loss, wgan.g_loss, 1e-4, 0.05, "#2878b5"),
+    "wgan": Way(wgan.d_loss, wgan.g_loss, 1e-3, 0.3, "#2878b5"),
     "wgan_gp": Way(wgan_gp.d_loss, wgan_gp.g_loss, 1e-3, 0.1, "#6a4c93"),
-    "sngan": Way(sngan.d_loss, sngan.g_loss, 1e-3, 20.0, "#a0522d"),
+    "sngan": Way(sngan.d_loss, sngan.g_loss, 2e-3, 10.0, "#a0522d"),
     "gan-r1": Way(gan.d_loss, gan.g_loss, 2e-3, 0.1, "#008080"),
     "r3gan": Way(r3gan.d_loss, r3gan.g_loss, 2e-3, 0.1, "#b8860b"),
-    "r3gan-r1": Way(r3gan.d_loss, r3gan.g_loss, 1e-3, 0.1, "#708238"),
+    "r3gan-r1": Way(r3gan.d_loss, r3gan.g_loss, 2e-3, 1.0, "#708238"),
 }
 
 # The mixture: the circle's radius, and the standard deviation of each Gaussian.
@@ -119,6 +119,11 @@ def parse_args(argv=None):
     p.add_argument("--out-dir", type=runs.path, default="runs/eight_gaussians", help="for results")
     p.add_argument("--overwrite", action="store_true", help="replace the results in --out-dir")
     args = p.parse_args(argv)
+    if args.strength is not None:
+        if args.only is None:
+            p.error("--strength goes with --only, as each way has its own")
+        if args.only in ("gan", "gan-saturating", "lsgan") and args.strength >= 1:
+            p.error(f"--strength is {args.strength}: beta1 must be less than 1")
     runs.check_writable(p, args.out_dir)
     if runs.is_used(args.out_dir) and not args.overwrite:
         p.error(

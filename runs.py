@@ -289,6 +289,8 @@ def parse_with_run(p, argv, args, own_defaults, generate_only):
     """Parses `argv` again, with the flags of the run in `args.out_dir` as defaults. Exits with an
     error if there is none, or if a flag contradicts it."""
     checkpoint = os.path.join(args.out_dir, "checkpoint.pt")
+    if not os.path.exists(checkpoint) and is_used(args.out_dir):
+        p.error(f"{args.out_dir} holds no checkpoint yet: start again with --overwrite")
     if not os.path.exists(checkpoint):
         others = [str(file.parent) for file in Path(args.out_dir).parent.glob("*/checkpoint.pt")]
         message = f"{args.out_dir} holds no run"

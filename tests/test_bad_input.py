@@ -311,6 +311,10 @@ def test_without_a_run_the_others_are_named(capsys):
         runs_there = ", ".join(str(Path("runs", name)) for name in ("dcgan-pictures", "second"))
         message = f"{Path('runs', 'dcgan-mnist')} holds no run: set --out-dir, for example to "
         assert code == 2 and message + runs_there in line
+    Path("begun").mkdir()
+    Path("begun/args.json").write_text("{}")
+    line, code = refused("dcgan", ["--resume", "--out-dir", "begun"], capsys)
+    assert code == 2 and "begun holds no checkpoint yet: start again with --overwrite" in line
     line, code = refused("dcgan", ["--resume", "--out-dir", "elsewhere/run"], capsys)
     assert code == 2 and line.endswith("holds no run\n")
 
