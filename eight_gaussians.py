@@ -76,11 +76,11 @@ class Way:
 saturating = functools.partial(gan.g_loss, saturating=True)
 WAYS = {
     "gan": Way(gan.d_loss, gan.g_loss, 2e-3, 0.0, "#d1495b"),
-    "gan-slow-d": Way(gan.d_loss, gan.g_loss, 2e-3, 0.1, "#8c2f39"),
+    "gan-slow-d": Way(gan.d_loss, gan.g_loss, 2e-3, 0.05, "#8c2f39"),
     "gan-saturating": Way(gan.d_loss, saturating, 2e-3, 0.5, "#e07b39"),
     "lsgan": Way(lsgan.d_loss, lsgan.g_loss, 2e-3, 0.0, "#2e8b57"),
     "wgan": Way(wgan.d_loss, wgan.g_loss, 1e-3, 0.3, "#2878b5"),
-    "wgan_gp": Way(wgan_gp.d_loss, wgan_gp.g_loss, 1e-3, 0.1, "#6a4c93"),
+    "wgan_gp": Way(wgan_gp.d_loss, wgan_gp.g_loss, 2e-3, 1.0, "#6a4c93"),
     "sngan": Way(sngan.d_loss, sngan.g_loss, 2e-3, 10.0, "#a0522d"),
     "gan-r1": Way(gan.d_loss, gan.g_loss, 2e-3, 0.1, "#008080"),
     "r3gan": Way(r3gan.d_loss, r3gan.g_loss, 2e-3, 0.1, "#b8860b"),
