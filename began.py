@@ -19,8 +19,8 @@ is no pulling-away term; the networks have no normalisation. log.csv also has k 
 
 The networks and the betas of Adam are those of github.com/carpedm20/BEGAN-tensorflow. Deviations
 from the paper and that code:
-- The learning rate is constant. The paper lowers it when M no longer falls; that code halves it
-  every 100,000 steps.
+- The learning rate halves every --halve-every steps, 100,000 as in that code. The paper lowers it
+  when M no longer falls.
 - D and G are updated in turn, on different noise. That code updates them at once, on the same. So k
   moves by E[D(x)] from before D's update and E[D(G(z))] from after it.
 - The paper's skip connections, which are optional, are left out, as in that code.
@@ -58,6 +58,12 @@ def parse_args(argv=None):
     )
     p.add_argument(
         "--lambda-k", type=runs.non_negative_float, default=1e-3, help="how fast k moves"
+    )
+    p.add_argument(
+        "--halve-every",
+        type=runs.positive_int,
+        default=100_000,
+        help="steps after which the learning rate halves, again and again",
     )
     return runs.parse_args(p, argv)
 
@@ -167,8 +173,10 @@ def main(argv=None):
     G = G.to(args.device, memory_format=torch.channels_last)
     D = D.to(args.device, memory_format=torch.channels_last)
     betas = (args.beta1, args.beta2)
-    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
-    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
+    # A CUDA graph reads a learning rate that changes from a tensor.
+    lr = torch.full((), args.lr, device=args.device)
+    opt_G = torch.optim.Adam(G.parameters(), lr=lr, betas=betas, fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=lr, betas=betas, fused=True)
 
     # The weight of D's loss on generated images. A CUDA graph needs it as a tensor.
     k = torch.zeros((), device=args.device)
@@ -234,6 +242,9 @@ def main(argv=None):
     update = runs.cuda_graph(args, data, update)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:
+        halvings = (step - 1) // args.halve_every
+        for opt in (opt_G, opt_D):
+            opt.param_groups[0]["lr"].fill_(args.lr / 2**halvings)
         values = update()
         save_due = step % args.save_every == 0 or step == args.steps
 

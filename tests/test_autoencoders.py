@@ -158,6 +158,21 @@ def test_k_moves_is_logged_and_survives_a_resume():
         assert row["M"] == pytest.approx(row["d_real"] + abs(balance), rel=1e-4)
 
 
+def test_the_learning_rate_of_began_halves(monkeypatch):
+    """Of both networks, every --halve-every steps, and a resumed run goes on."""
+    rates, step = [], torch.optim.Adam.step
+
+    def watched_step(self, *args):
+        rates.append(float(self.param_groups[0]["lr"]))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
+    train("began", "run", "--steps", 5, "--lr", 0.5, "--halve-every", 3)
+    train("began", "run", "--steps", 8, "--resume", small="")
+    expected = [0.5] * 3 + [0.25] * 3 + [0.125] * 2
+    assert rates[::2] == expected and rates[1::2] == expected
+
+
 def test_ebgan_resumes_bit_for_bit():
     train("ebgan", "whole", "--steps", 10)
     train("ebgan", "parts", "--steps", 5)
