@@ -20,9 +20,10 @@ import common
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 CONVOLUTIONAL = NAMES[1:]
-OTHERS = ("tricks", "ssgan", "ebgan", "began", "progan", "stylegan", "stylegan2", "r3gan")
+OTHERS = ("tricks", "ssgan", "stacked_gan", "ebgan", "began")
+OTHERS = (*OTHERS, "progan", "stylegan", "stylegan2", "r3gan")
 SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, *OTHERS)}
-WITHOUT_N_CRITIC = ("stylegan2", "r3gan")
+WITHOUT_N_CRITIC = ("stylegan2", "r3gan", "stacked_gan")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROOT = Path(__file__).parent.parent
 
@@ -111,6 +112,8 @@ def train(name, run, *flags, data=None, small=SMALL, device="cpu"):
     40 of them with one label per class."""
     if name == "ssgan":
         flags = ["--labels", 2, "--width", 32, *flags]
+    if name == "stacked_gan" and small:
+        small = f"{small} --encoder-steps 2"
     if data is None:
         data = Path("many" if name == "ssgan" else "pictures")
         if name == "ssgan" and not data.exists():

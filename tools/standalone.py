@@ -111,6 +111,7 @@ REPLACEMENTS = [
     ("math.isqrt(common.grid_size(args))", "8"),
     ("common.grid_size(args)", "64"),
     # The loop.
+    ("common.say(", "print("),
     ("# Train. Under torchrun, args.batch_size is the part of this process.", "# Train."),
     ("args.batch_size * common.world_size()", "args.batch_size"),
     ("    update = runs.cuda_graph(args, data, update)\n", ""),
@@ -120,7 +121,7 @@ REPLACEMENTS = [
 
 # Parts of the scripts that have no place in a copy: from the first text up to the second one.
 CUTS = [
-    # cgan.py's --label and the --truncation of two others, which go with --generate.
+    # --label and --truncation, which go with --generate.
     ('    p.add_argument("--label"', "    args = runs.parse_args("),
     ("    if args.label is not None and", "    return args\n"),
     ("def class_number(", "def main("),
@@ -129,7 +130,7 @@ CUTS = [
     ("- The mean of w for --truncation", "\n"),
     # The refusal of --cuda-graph by progan.py and stylegan.py.
     ("    if args.cuda_graph:", "    return args\n"),
-    # cgan.py's check of the classes.
+    # The check of the classes by cgan.py and stacked_gan.py.
     ("    if n_classes == 0:", "\n    # Networks"),
     # Images for --generate, and the start of a run.
     ("    def draw(", "    # A new run begins"),

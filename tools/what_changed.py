@@ -29,6 +29,7 @@ PAGES = {
     ],
     "what-changed-large.md": [
         "gan ssgan",
+        "cgan stacked_gan",
         "wgan_gp progan",
         "progan stylegan",
         "stylegan stylegan2",
@@ -61,6 +62,11 @@ estimate of it bounds how steep D can be everywhere, at hardly any cost and with
 gan ssgan: A classifier with few labels can also learn from images without labels: each real image
 belongs to some class, each fake to none. G does not try to deceive D here: it matches D's features
 on average.
+
+cgan stacked_gan: A classifier already knows features between a label and an image. One GAN draws
+them from the label, a second one draws the image from them, and each has an easier task. The
+classifier says whether they did what they were asked for, and a second head of each D whether they
+used their noise.
 
 dcgan stylegan2: z need not be the input of the first layer of G. StyleGAN2 computes a style from
 it, which says in each layer how strong each feature is. The input of the first layer is a learnt
@@ -124,8 +130,9 @@ G's weights.
 
 
 def objectives(text):
-    """The lines of a script's docstring with the objectives of D and G, and BEGAN's rule for k."""
-    return re.findall(r"^    ([DGk]:  .*(?:\n {8,}\S.*)*)$", text, flags=re.MULTILINE)
+    """The lines of a script's docstring with the objectives of its networks, and BEGAN's rule for
+    k."""
+    return re.findall(r"^    ([DEGk]\d?:  .*(?:\n {8,}\S.*)*)$", text, flags=re.MULTILINE)
 
 
 def parts(text):

@@ -1,0 +1,442 @@
+"""Stacked GAN: one GAN draws features from a label, and a second one an image from the features.
+
+Huang, Li, Poursaeed, Hopcroft, Belongie 2016, Stacked Generative Adversarial Networks.
+https://arxiv.org/abs/1612.04357
+
+First an encoder E learns to classify, and is fixed from then on. h = E(x) are the features of its
+last hidden layer. G1 draws h from a label y and noise z1, and G0 draws x from h and noise z0. Both
+D have a second head, Q1 and Q0, which recovers the noise.
+
+    E:   min  E[-log p(y | h)], in the first --encoder-steps
+    D1:  min  -1/2 E[log sigmoid(D1(h))] - 1/2 E[log(1 - sigmoid(D1(G1(y, z1))))]
+              + 10 E[(Q1(G1(y, z1)) - z1)^2]
+    G1:  min  -E[log sigmoid(D1(G1(y, z1)))] + E[-log p(y | G1(y, z1))]
+              + 10 E[(Q1(G1(y, z1)) - z1)^2]
+    D0:  min  -1/2 E[log sigmoid(D0(x))] - 1/2 E[log(1 - sigmoid(D0(G0(h, z0))))]
+              + 10 E[(Q0(G0(h, z0)) - z0)^2]
+    G0:  min  -E[log sigmoid(D0(G0(h, z0)))] + E[(E(G0(h, z0)) - h)^2]
+              + 10 E[(Q0(G0(h, z0)) - z0)^2]
+
+The last term of each is the entropy loss: without it, G could ignore the noise. From step
+--joint-from on, G0 gets the features that G1 draws in place of E's, and has them as its target.
+
+Differs from cgan.py in: two GANs instead of one; the label is an input of G1 alone; E's loss tells
+both G to obey their input, instead of a D that is shown the label; z is uniform in [0, 1).
+
+The networks are those of the authors' MNIST code (github.com/xunhuang1995/SGAN, commit e235644),
+and so is the order of training. Deviations from it:
+- Images are 32x32, so that G0 only has layers that double the size; theirs reaches 28x28 with two
+  more that add 4 pixels. They are in [-1, 1], from a tanh; theirs are in [0, 1], from a sigmoid.
+- E is trained here, by Adam. The authors' code has only its weights.
+- D is updated before G, on other noise. Theirs too; but theirs is either independent or joint from
+  the first step. In their joint script, the layers of D1 are ReLU with another initialisation.
+- Colour images have the same networks. For CIFAR-10 the authors have others, where D0 classifies
+  and G gets one to seven updates, by the loss of D: --n-gen is their number, but fixed.
+
+With --init, E would be another one, whose features G0 does not know: it is refused.
+
+    python stacked_gan.py --width 32 --lr 1e-3 --batch-size 64 --steps 10000
+"""
+
+import math
+from argparse import ArgumentParser
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import common
+import runs
+
+
+def parse_args(argv=None):
+    p = ArgumentParser(prog="stacked_gan.py", description=__doc__.splitlines()[0])
+    p.add_argument("--batch-size", type=runs.positive_int, default=100, help="images per update")
+    p.add_argument("--z-dim", type=runs.positive_int, default=50, help="dimensions of z1 and of z0")
+    p.add_argument(
+        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
+    )
+    p.add_argument("--lr", type=runs.positive_float, default=1e-4, help="learning rate of G and D")
+    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--n-gen", type=runs.positive_int, default=1, help="G updates per D update")
+    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument(
+        "--entropy-weight",
+        type=runs.non_negative_float,
+        default=10.0,
+        help="weight of the error of the recovered noise; 0 lets G ignore the noise",
+    )
+    p.add_argument(
+        "--encoder-steps",
+        type=runs.positive_int,
+        default=1200,
+        help="the first steps, which train E alone",
+    )
+    p.add_argument(
+        "--joint-from",
+        type=runs.positive_int,
+        help="step from which G0 gets G1's features in place of E's (default: never)",
+    )
+    p.add_argument("--label", help="class to --generate, by name or number (default: all in turn)")
+    args = runs.parse_args(p, argv, generate_only=("label",))
+    if args.label is not None and not args.generate:
+        p.error("--label goes with --generate")
+    if args.init:
+        p.error("--init cannot be used here, as E would be another one: leave it out")
+    return args
+
+
+# ----------------------------------------------------------------------------------------- networks
+
+
+class Encoder(nn.Module):
+    """Images (N, channels, image_size, image_size) -> features h (N, 4 * width), and
+    `classify(h)`: their logits (N, n_classes).
+
+    The comments have the shapes at the default width and size.
+    """
+
+    def __init__(self, width, channels, image_size, n_classes):
+        super().__init__()
+        c = max(1, width // 2)
+        # 32 x 16x16, 32 x 8x8
+        layers = [nn.Conv2d(channels, c, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(c, c, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+        # 256
+        layers += [nn.Flatten(), nn.Linear(c * (image_size // 4) ** 2, 4 * width), nn.ReLU()]
+        self.net = nn.Sequential(*layers)
+        self.classify = nn.Linear(4 * width, n_classes)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Generator(nn.Module):
+    """G1 and G0: noise z1 and z0 (N, z_dim), y (N,) -> images (N, channels, image_size,
+    image_size) in [-1, 1] of the classes y.
+
+    `features(z1, y)` and `images(z0, h)` are the two of them, with features h (N, 4 * width).
+    """
+
+    def __init__(self, z_dim, width, channels, image_size, n_classes):
+        super().__init__()
+        self.register_buffer("one_hot", torch.eye(n_classes))
+
+        # G1: 512, 512, 256
+        layers = dense(z_dim + n_classes, 8 * width) + dense(8 * width, 8 * width)
+        layers += [nn.Linear(8 * width, 4 * width), nn.ReLU()]
+        self.g1 = nn.Sequential(*layers).apply(init_weights)
+
+        # G0: 128 numbers of z0, then 128 x 4x4
+        c = 2 * width
+        self.z0_embedding = nn.Sequential(*dense(z_dim, c)).apply(init_weights)
+        layers = [*dense(4 * width + c, c * 16), nn.Unflatten(1, (c, 4, 4))]
+
+        # 128 x 8x8, 64 x 16x16: one more stage each time the size doubles
+        for size in doublings(8, image_size // 2):
+            n_out = max(1, min(c, 16 * width // size))
+            layers += [double(c, n_out), nn.BatchNorm2d(n_out), nn.ReLU()]
+            c = n_out
+
+        # channels x 32x32
+        layers += [double(c, channels, bias=True), nn.Tanh()]
+        self.g0 = nn.Sequential(*layers).apply(init_weights)
+
+    def features(self, z1, y):
+        return self.g1(torch.cat([z1, self.one_hot[y]], 1))
+
+    def images(self, z0, h):
+        return self.g0(torch.cat([h, self.z0_embedding(z0)], 1))
+
+    def forward(self, z1, z0, y):
+        return self.images(z0, self.features(z1, y))
+
+
+class Discriminator(nn.Module):
+    """D1 with Q1, `features(h)`: features (N, 4 * width) -> scores (N,), the logit of "this is
+    real", and the noise (N, z_dim) that they were drawn from, in [0, 1]. D0 with Q0, `images(x)`:
+    the same of images (N, channels, image_size, image_size).
+    """
+
+    def __init__(self, z_dim, width, channels, image_size):
+        super().__init__()
+        # D1: 256, 256
+        layers = [nn.Linear(4 * width, 4 * width), nn.LeakyReLU(0.2)]
+        layers += [nn.Linear(4 * width, 4 * width), nn.LeakyReLU(0.2)]
+        self.d1 = nn.Sequential(*layers).apply(init_weights)
+        self.score1, self.q1 = heads(4 * width, z_dim)
+
+        # D0: 32 x 16x16, 64 x 8x8, 128 x 4x4: one more stage each time the size doubles
+        layers, n_in = [], channels
+        for size in reversed(doublings(4, image_size // 2)):
+            n_out = max(1, 8 * width // size)
+            layers += [nn.Conv2d(n_in, n_out, 5, stride=2, padding=2), nn.LeakyReLU(0.2)]
+            n_in = n_out
+
+        # 256
+        layers += [nn.Flatten(), nn.Linear(n_in * 16, 4 * width), nn.LeakyReLU(0.2)]
+        self.d0 = nn.Sequential(*layers).apply(init_weights)
+        self.score0, self.q0 = heads(4 * width, z_dim)
+
+    def features(self, h):
+        shared = self.d1(h)
+        return self.score1(shared).flatten(), self.q1(shared)
+
+    def images(self, x):
+        shared = self.d0(x)
+        return self.score0(shared).flatten(), self.q0(shared)
+
+
+def doublings(first, last):
+    """The sizes first, 2 * first, ..., last."""
+    return [2**k for k in range(int(math.log2(first)), int(math.log2(last)) + 1)]
+
+
+def dense(n_in, n_out):
+    """A linear layer with batch norm and ReLU."""
+    return [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU()]
+
+
+def double(n_in, n_out, bias=False):
+    """A 5x5 transposed convolution that doubles the size."""
+    return nn.ConvTranspose2d(n_in, n_out, 5, 2, padding=2, output_padding=1, bias=bias)
+
+
+def heads(n_in, z_dim):
+    """The last layers of D and of Q."""
+    score = nn.Linear(n_in, 1).apply(init_weights)
+    q = nn.Sequential(nn.Linear(n_in, z_dim), nn.Sigmoid()).apply(init_weights)
+    return score, q
+
+
+def init_weights(m):
+    """Weights N(0, 0.02) and biases 0, as in the authors' code."""
+    if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(m.weight, 0.0, 0.02)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def d_loss(d_real, d_fake):
+    """-1/2 E[log sigmoid(D(x))] - 1/2 E[log(1 - sigmoid(D(G(z))))], from scores (N,): half of
+    gan.py's, as in the authors' code."""
+    real = -nn.functional.logsigmoid(d_real).mean()
+    fake = -nn.functional.logsigmoid(-d_fake).mean()
+    return 0.5 * (real + fake)
+
+
+def g_loss(d_fake):
+    """-E[log sigmoid(D(G(z)))], from scores (N,): Goodfellow et al. 2014, section 3, the loss that
+    does not saturate."""
+    return -nn.functional.logsigmoid(d_fake).mean()
+
+
+def label_loss(logits, y):
+    """E[-log p(y | h)], the cross entropy of E's classes, from logits (N, K) and labels (N,): E's
+    own loss, and the conditional loss of G1. Section 3.3."""
+    return nn.functional.cross_entropy(logits, y)
+
+
+def feature_loss(h_fake, h):
+    """E[(E(G0(h, z0)) - h)^2] from features (N, F), a mean over all: the conditional loss of G0.
+    Section 3.3."""
+    return (h_fake - h).square().mean()
+
+
+def entropy_loss(z_found, z):
+    """E[(Q(G(z)) - z)^2] from noise (N, z_dim), a mean over all: Q is a Gaussian around the noise
+    that it recovers. Section 3.4."""
+    return (z_found - z).square().mean()
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def class_number(label, classes):
+    """The number of the class that `label` names, or whose number it is. Exits with an error if
+    there is none."""
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
+    common.fail(
+        f"--label is {label}: the classes are {common.first_ten(classes)} (0 to {len(classes) - 1})"
+    )
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+    n_classes = len(data.classes)
+    if n_classes == 0:
+        common.fail(
+            f"{args.dataset} has no classes, which stacked_gan.py needs: one subfolder for each"
+        )
+
+    # Networks and optimisers.
+    E = Encoder(args.width, data.channels, args.image_size, n_classes)
+    G = Generator(args.z_dim, args.width, data.channels, args.image_size, n_classes)
+    D = Discriminator(args.z_dim, args.width, data.channels, args.image_size)
+    E = E.to(args.device, memory_format=torch.channels_last)
+    G = G.to(args.device, memory_format=torch.channels_last)
+    D = D.to(args.device, memory_format=torch.channels_last)
+    betas = (args.beta1, args.beta2)
+    opt_E = torch.optim.Adam(E.parameters(), lr=1e-3, fused=True)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
+
+    # Whether G0 gets the features of G1. A CUDA graph needs it as a tensor.
+    joint = torch.zeros((), dtype=torch.bool, device=args.device)
+
+    def noise(n):
+        """z1 or z0 (n, z_dim), uniform in [0, 1)."""
+        return torch.rand(n, args.z_dim, device=args.device)
+
+    # All grids use the same noise and classes, so they show the same images changing.
+    rows = math.isqrt(common.grid_size(args))
+    columns = min(n_classes, 2 * rows)
+    fixed_y = torch.arange(columns, device=args.device).repeat(rows)
+    fixed_z = torch.stack([noise(len(fixed_y)), noise(len(fixed_y))])
+
+    def update_encoder():
+        """One of the first steps: one update of E, minimise label_loss."""
+        E.requires_grad_(True)
+        x_real, y = common.sample_batch(args, data)
+        loss_E = label_loss(E.classify(E(x_real)), y)
+        opt_E.zero_grad()
+        loss_E.backward()
+        opt_E.step()
+        return {"loss_E": loss_E.detach()}
+
+    def d_step(x_real, y):
+        """One update of D1 and D0: minimise d_loss + entropy_weight * entropy_loss of each, with E
+        and G fixed."""
+        D.requires_grad_(True)
+        z1, z0 = noise(args.batch_size), noise(args.batch_size)
+        with torch.no_grad():
+            h_real = E(x_real)
+            h_fake = G.features(z1, y)
+            x_fake = G.images(z0, torch.where(joint, h_fake, h_real))
+
+        # Q learns from what G draws, for which the noise is known.
+        d1_real, _ = D.features(h_real)
+        d1_fake, z1_found = D.features(h_fake)
+        d0_real, _ = D.images(x_real)
+        d0_fake, z0_found = D.images(x_fake)
+        loss_D1 = d_loss(d1_real, d1_fake) + args.entropy_weight * entropy_loss(z1_found, z1)
+        loss_D0 = d_loss(d0_real, d0_fake) + args.entropy_weight * entropy_loss(z0_found, z0)
+
+        # D1 and D0 have no weights in common, so this is the gradient of each.
+        loss_D = loss_D1 + loss_D0
+        opt_D.zero_grad()
+        loss_D.backward()
+        opt_D.step()
+        return loss_D, d0_real.mean(), d0_fake.mean()
+
+    def g_step(x_real, y):
+        """One update of G1 and G0: minimise g_loss + label_loss (G1) or feature_loss (G0) +
+        entropy_weight * entropy_loss of each, with E and D fixed."""
+        E.requires_grad_(False)
+        D.requires_grad_(False)
+        z1, z0 = noise(args.batch_size), noise(args.batch_size)
+
+        # G1, from the label
+        h_fake = G.features(z1, y)
+        d1_fake, z1_found = D.features(h_fake)
+        label_error = label_loss(E.classify(h_fake), y)
+        z1_error = entropy_loss(z1_found, z1)
+        loss_G1 = g_loss(d1_fake) + label_error + args.entropy_weight * z1_error
+
+        # G0, from the features of a real image, or those of G1 as they are
+        h = torch.where(joint, h_fake.detach(), E(x_real))
+        x_fake = G.images(z0, h)
+        d0_fake, z0_found = D.images(x_fake)
+        feature_error = feature_loss(E(x_fake), h)
+        z0_error = entropy_loss(z0_found, z0)
+        loss_G0 = g_loss(d0_fake) + feature_error + args.entropy_weight * z0_error
+
+        # G1 and G0 have no weights in common, so this is the gradient of each.
+        loss_G = loss_G1 + loss_G0
+        opt_G.zero_grad()
+        loss_G.backward()
+        opt_G.step()
+        errors = {"label_error": label_error, "feature_error": feature_error}
+        return loss_G, {**errors, "z1_error": z1_error, "z0_error": z0_error}
+
+    def update():
+        """One of the other steps: one update of D, then n_gen of G with the same minibatch."""
+        x_real, y = common.sample_batch(args, data)
+        loss_D, d_real, d_fake = d_step(x_real, y)
+        for _ in range(args.n_gen):
+            loss_G, errors = g_step(x_real, y)
+        values = {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
+        return {**values, **errors}
+
+    @torch.no_grad()
+    def accuracy():
+        """The share of training images that E classifies correctly, from 100 minibatches."""
+        right = 0.0
+        for _ in range(100):
+            x_real, y = common.sample_batch(args, data)
+            right += (E.classify(E(x_real)).argmax(1) == y).float().mean().item()
+        return right / 100
+
+    @torch.no_grad()
+    def sample(z, y):
+        """G's images of z = z1, z0 and y in evaluation mode, in which batch norm uses its running
+        statistics."""
+        z1, z0 = z
+        x = G.eval()(z1, z0, y)
+        G.train()
+        return x
+
+    def draw(n, y):
+        """n images of new noise and the classes y, for --generate."""
+        return sample((noise(n), noise(n)), y)
+
+    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
+    state.update(E=E, opt_E=opt_E)
+    first = runs.start_run(args, data, state)
+    if args.generate:
+        labels = torch.arange(args.generate, device=args.device) % n_classes
+        if args.label is not None:
+            labels.fill_(class_number(args.label, data.classes))
+        return common.generate(args, draw, labels)
+    if first == 0:
+        common.save_grid(args, 0, sample(fixed_z, fixed_y), columns)
+
+    # What log.csv has of the networks that do not learn yet, or no more.
+    names = ["loss_E", "loss_D", "loss_G", "d_real", "d_fake"]
+    names += ["label_error", "feature_error", "z1_error", "z0_error"]
+    nothing = dict.fromkeys(names, torch.zeros((), device=args.device))
+
+    # Train: E alone at first, then G and D.
+    update = runs.cuda_graph(args, data, update)
+    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    for step in progress:
+        if step <= args.encoder_steps:
+            values = {**nothing, **update_encoder()}
+        else:
+            joint.fill_(args.joint_from is not None and step >= args.joint_from)
+            values = {**nothing, **update()}
+        if step == args.encoder_steps:
+            common.say(f"E classifies {accuracy():.1%} of the training images correctly")
+        save_due = step % args.save_every == 0 or step == args.steps
+
+        # A loss that is not finite stops the run here, before anything is saved.
+        if save_due or step % args.log_every == 0:
+            progress.set_postfix(runs.log(args, step, values), refresh=False)
+        if save_due:
+            common.save_grid(args, step, sample(fixed_z, fixed_y), columns)
+            runs.save_checkpoint(args, data, step, state)
+    runs.finish_run(args)
+
+
+if __name__ == "__main__":
+    main()
