@@ -1,13 +1,13 @@
-"""Stacked GAN: one GAN draws features from a label, and a second one an image from the features.
+"""Stacked GAN: one GAN draws features from a label, another draws an image from the features.
 
 Huang, Li, Poursaeed, Hopcroft, Belongie 2016, Stacked Generative Adversarial Networks.
 https://arxiv.org/abs/1612.04357
 
-First an encoder E learns to classify, and is fixed from then on. h = E(x) are the features of its
-last hidden layer. G1 draws h from a label y and noise z1, and G0 draws x from h and noise z0. Both
-D have a second head, Q1 and Q0, which recovers the noise.
+First, an encoder E learns to classify; after that it is fixed. h = E(x) are the features of its
+last hidden layer. G1 draws h from a label y and noise z1, and G0 draws x from h and noise z0. Each
+D has a second head, Q1 or Q0, which recovers the noise.
 
-    E:   min  E[-log p(y | h)], in the first --encoder-steps
+    E:   min  E[-log p(y | h)], in the first --encoder-steps steps
     D1:  min  -1/2 E[log sigmoid(D1(h))] - 1/2 E[log(1 - sigmoid(D1(G1(y, z1))))]
               + 10 E[(Q1(G1(y, z1)) - z1)^2]
     G1:  min  -E[log sigmoid(D1(G1(y, z1)))] + E[-log p(y | G1(y, z1))]
@@ -17,23 +17,29 @@ D have a second head, Q1 and Q0, which recovers the noise.
     G0:  min  -E[log sigmoid(D0(G0(h, z0)))] + E[(E(G0(h, z0)) - h)^2]
               + 10 E[(Q0(G0(h, z0)) - z0)^2]
 
-The last term of each is the entropy loss: without it, G could ignore the noise. From step
---joint-from on, G0 gets the features that G1 draws in place of E's, and has them as its target.
+The last term of each D and G is the entropy loss: without it, G could ignore the noise. From step
+--joint-from on, G0 gets the features that G1 draws instead of E's, and has them as its target.
 
-Differs from cgan.py in: two GANs instead of one; the label is an input of G1 alone; E's loss tells
-both G to obey their input, instead of a D that is shown the label; z is uniform in [0, 1).
+Differs from cgan.py in: two GANs instead of one; the label is an input of G1 alone; E, rather than
+a D that sees the label, makes each G obey its input; D has a head that recovers the noise, 5x5
+convolutions and no batch norm; z is uniform in [0, 1).
 
-The networks are those of the authors' MNIST code (github.com/xunhuang1995/SGAN, commit e235644),
-and so is the order of training. Deviations from it:
-- Images are 32x32, so that G0 only has layers that double the size; theirs reaches 28x28 with two
-  more that add 4 pixels. They are in [-1, 1], from a tanh; theirs are in [0, 1], from a sigmoid.
-- E is trained here, by Adam. The authors' code has only its weights.
-- D is updated before G, on other noise. Theirs too; but theirs is either independent or joint from
-  the first step. In their joint script, the layers of D1 are ReLU with another initialisation.
-- Colour images have the same networks. For CIFAR-10 the authors have others, where D0 classifies
-  and G gets one to seven updates, by the loss of D: --n-gen is their number, but fixed.
+This is the authors' MNIST code (github.com/xunhuang1995/SGAN, commit e235644). Deviations from it:
+- MNIST's images are padded to 32x32, and are in [-1, 1]; theirs are in [0, 1]. G0 doubles the size
+  three times; theirs doubles it twice and adds 4 pixels twice, to reach 28x28.
+- E is trained here, by Adam at a rate of 1e-3. Their code has only its weights.
+- Minibatches are drawn with replacement, not in epochs. Theirs trains for 120,000 updates.
+- --joint-from switches within one run. The authors have a script for each way; in the joint one, D1
+  and D0 have ReLU dense layers and other initial weights.
+- Adam's epsilon, 1e-4, is added to the root. Theirs, 1e-8, is added inside it.
+- Images are drawn with batch norm's running statistics; theirs uses those of the batch.
+Colour images have the same networks. For CIFAR-10 the authors have others: both D classify, G's
+loss saturates, G1 also learns from a hundredth of G0's loss in the joint phase, and G gets 1, 3, 5
+or 7 updates, depending on D's loss. --n-gen is a fixed number.
 
-With --init, E would be another one, whose features G0 does not know: it is refused.
+--init is refused: it would load G and D, but not the E whose features they know.
+
+The run on MNIST in docs/results.md:
 
     python stacked_gan.py --width 32 --lr 1e-3 --batch-size 64 --steps 10000
 """
@@ -57,8 +63,8 @@ def parse_args(argv=None):
         "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
     )
     p.add_argument("--lr", type=runs.positive_float, default=1e-4, help="learning rate of G and D")
-    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
-    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1, of G and D")
+    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2, of G and D")
     p.add_argument("--n-gen", type=runs.positive_int, default=1, help="G updates per D update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
     p.add_argument(
@@ -71,19 +77,21 @@ def parse_args(argv=None):
         "--encoder-steps",
         type=runs.positive_int,
         default=1200,
-        help="the first steps, which train E alone",
+        help="number of first steps, out of --steps, that train E alone",
     )
     p.add_argument(
         "--joint-from",
         type=runs.positive_int,
-        help="step from which G0 gets G1's features in place of E's (default: never)",
+        help="first step at which G0 gets G1's features instead of E's (default: never)",
     )
     p.add_argument("--label", help="class to --generate, by name or number (default: all in turn)")
     args = runs.parse_args(p, argv, generate_only=("label",))
     if args.label is not None and not args.generate:
         p.error("--label goes with --generate")
     if args.init:
-        p.error("--init cannot be used here, as E would be another one: leave it out")
+        p.error("--init cannot be used here, as it does not load E: leave it out")
+    if args.batch_size < 2:
+        p.error("--batch-size must be at least 2 per process: G's batch norm compares images")
     return args
 
 
@@ -99,12 +107,14 @@ class Encoder(nn.Module):
 
     def __init__(self, width, channels, image_size, n_classes):
         super().__init__()
+        # 32 x 14x14, 32 x 5x5
         c = max(1, width // 2)
-        # 32 x 16x16, 32 x 8x8
-        layers = [nn.Conv2d(channels, c, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
-        layers += [nn.Conv2d(c, c, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+        layers = [nn.Conv2d(channels, c, 5), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(c, c, 5), nn.ReLU(), nn.MaxPool2d(2)]
+
         # 256
-        layers += [nn.Flatten(), nn.Linear(c * (image_size // 4) ** 2, 4 * width), nn.ReLU()]
+        size = ((image_size - 4) // 2 - 4) // 2
+        layers += [nn.Flatten(), nn.Linear(c * size**2, 4 * width), nn.ReLU()]
         self.net = nn.Sequential(*layers)
         self.classify = nn.Linear(4 * width, n_classes)
 
@@ -116,7 +126,7 @@ class Generator(nn.Module):
     """G1 and G0: noise z1 and z0 (N, z_dim), y (N,) -> images (N, channels, image_size,
     image_size) in [-1, 1] of the classes y.
 
-    `features(z1, y)` and `images(z0, h)` are the two of them, with features h (N, 4 * width).
+    `features(z1, y)` is G1 and `images(z0, h)` is G0, with features h (N, 4 * width).
     """
 
     def __init__(self, z_dim, width, channels, image_size, n_classes):
@@ -128,19 +138,21 @@ class Generator(nn.Module):
         layers += [nn.Linear(8 * width, 4 * width), nn.ReLU()]
         self.g1 = nn.Sequential(*layers).apply(init_weights)
 
-        # G0: 128 numbers of z0, then 128 x 4x4
-        c = 2 * width
-        self.z0_embedding = nn.Sequential(*dense(z_dim, c)).apply(init_weights)
-        layers = [*dense(4 * width + c, c * 16), nn.Unflatten(1, (c, 4, 4))]
+        # G0: z0 embedded in 128, and with the features 128 x 4x4
+        self.z0_embedding = nn.Sequential(*dense(z_dim, 2 * width)).apply(init_weights)
+        c = width * image_size // 16
+        layers = [*dense(4 * width + 2 * width, c * 16), nn.Unflatten(1, (c, 4, 4))]
 
-        # 128 x 8x8, 64 x 16x16: one more stage each time the size doubles
-        for size in doublings(8, image_size // 2):
-            n_out = max(1, min(c, 16 * width // size))
-            layers += [double(c, n_out), nn.BatchNorm2d(n_out), nn.ReLU()]
-            c = n_out
+        # 128 x 8x8
+        layers += [upsample(c, c), nn.BatchNorm2d(c), nn.ReLU()]
+
+        # 64 x 16x16: one more stage each time the size doubles
+        while c > width:
+            layers += [upsample(c, c // 2), nn.BatchNorm2d(c // 2), nn.ReLU()]
+            c //= 2
 
         # channels x 32x32
-        layers += [double(c, channels, bias=True), nn.Tanh()]
+        layers += [upsample(c, channels, bias=True), nn.Tanh()]
         self.g0 = nn.Sequential(*layers).apply(init_weights)
 
     def features(self, z1, y):
@@ -154,9 +166,9 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D1 with Q1, `features(h)`: features (N, 4 * width) -> scores (N,), the logit of "this is
-    real", and the noise (N, z_dim) that they were drawn from, in [0, 1]. D0 with Q0, `images(x)`:
-    the same of images (N, channels, image_size, image_size).
+    """`features(h)` is D1 with Q1: features (N, 4 * width) -> scores (N,), the logit of "this is
+    real", and the recovered noise (N, z_dim) in [0, 1]. `images(x)` is D0 with Q0: the same for
+    images (N, channels, image_size, image_size).
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -167,15 +179,17 @@ class Discriminator(nn.Module):
         self.d1 = nn.Sequential(*layers).apply(init_weights)
         self.score1, self.q1 = heads(4 * width, z_dim)
 
-        # D0: 32 x 16x16, 64 x 8x8, 128 x 4x4: one more stage each time the size doubles
-        layers, n_in = [], channels
-        for size in reversed(doublings(4, image_size // 2)):
-            n_out = max(1, 8 * width // size)
-            layers += [nn.Conv2d(n_in, n_out, 5, stride=2, padding=2), nn.LeakyReLU(0.2)]
-            n_in = n_out
+        # D0: 32 x 16x16
+        c = max(1, width // 2)
+        layers = [nn.Conv2d(channels, c, 5, stride=2, padding=2), nn.LeakyReLU(0.2)]
+
+        # 64 x 8x8, 128 x 4x4: one more stage each time the size doubles
+        for _ in range(int(math.log2(image_size // 8))):
+            layers += [nn.Conv2d(c, 2 * c, 5, stride=2, padding=2), nn.LeakyReLU(0.2)]
+            c *= 2
 
         # 256
-        layers += [nn.Flatten(), nn.Linear(n_in * 16, 4 * width), nn.LeakyReLU(0.2)]
+        layers += [nn.Flatten(), nn.Linear(c * 16, 4 * width), nn.LeakyReLU(0.2)]
         self.d0 = nn.Sequential(*layers).apply(init_weights)
         self.score0, self.q0 = heads(4 * width, z_dim)
 
@@ -188,17 +202,12 @@ class Discriminator(nn.Module):
         return self.score0(shared).flatten(), self.q0(shared)
 
 
-def doublings(first, last):
-    """The sizes first, 2 * first, ..., last."""
-    return [2**k for k in range(int(math.log2(first)), int(math.log2(last)) + 1)]
-
-
 def dense(n_in, n_out):
     """A linear layer with batch norm and ReLU."""
     return [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU()]
 
 
-def double(n_in, n_out, bias=False):
+def upsample(n_in, n_out, bias=False):
     """A 5x5 transposed convolution that doubles the size."""
     return nn.ConvTranspose2d(n_in, n_out, 5, 2, padding=2, output_padding=1, bias=bias)
 
@@ -247,10 +256,10 @@ def feature_loss(h_fake, h):
     return (h_fake - h).square().mean()
 
 
-def entropy_loss(z_found, z):
+def entropy_loss(z_recovered, z):
     """E[(Q(G(z)) - z)^2] from noise (N, z_dim), a mean over all: Q is a Gaussian around the noise
     that it recovers. Section 3.4."""
-    return (z_found - z).square().mean()
+    return (z_recovered - z).square().mean()
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -287,8 +296,9 @@ def main(argv=None):
     D = D.to(args.device, memory_format=torch.channels_last)
     betas = (args.beta1, args.beta2)
     opt_E = torch.optim.Adam(E.parameters(), lr=1e-3, fused=True)
-    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
-    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
+    # The authors add their epsilon of 1e-8 inside Adam's root, which is like 1e-4 outside of it.
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, eps=1e-4, fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, eps=1e-4, fused=True)
 
     # Whether G0 gets the features of G1. A CUDA graph needs it as a tensor.
     joint = torch.zeros((), dtype=torch.bool, device=args.device)
@@ -297,14 +307,14 @@ def main(argv=None):
         """z1 or z0 (n, z_dim), uniform in [0, 1)."""
         return torch.rand(n, args.z_dim, device=args.device)
 
-    # All grids use the same noise and classes, so they show the same images changing.
+    # All grids use the same noise (z1 and z0) and classes, so they show the same images changing.
     rows = math.isqrt(common.grid_size(args))
     columns = min(n_classes, 2 * rows)
     fixed_y = torch.arange(columns, device=args.device).repeat(rows)
     fixed_z = torch.stack([noise(len(fixed_y)), noise(len(fixed_y))])
 
     def update_encoder():
-        """One of the first steps: one update of E, minimise label_loss."""
+        """One step of the first phase, one update of E: minimise label_loss."""
         E.requires_grad_(True)
         x_real, y = common.sample_batch(args, data)
         loss_E = label_loss(E.classify(E(x_real)), y)
@@ -325,11 +335,11 @@ def main(argv=None):
 
         # Q learns from what G draws, for which the noise is known.
         d1_real, _ = D.features(h_real)
-        d1_fake, z1_found = D.features(h_fake)
+        d1_fake, z1_recovered = D.features(h_fake)
         d0_real, _ = D.images(x_real)
-        d0_fake, z0_found = D.images(x_fake)
-        loss_D1 = d_loss(d1_real, d1_fake) + args.entropy_weight * entropy_loss(z1_found, z1)
-        loss_D0 = d_loss(d0_real, d0_fake) + args.entropy_weight * entropy_loss(z0_found, z0)
+        d0_fake, z0_recovered = D.images(x_fake)
+        loss_D1 = d_loss(d1_real, d1_fake) + args.entropy_weight * entropy_loss(z1_recovered, z1)
+        loss_D0 = d_loss(d0_real, d0_fake) + args.entropy_weight * entropy_loss(z0_recovered, z0)
 
         # D1 and D0 have no weights in common, so this is the gradient of each.
         loss_D = loss_D1 + loss_D0
@@ -341,41 +351,43 @@ def main(argv=None):
     def g_step(x_real, y):
         """One update of G1 and G0: minimise g_loss + label_loss (G1) or feature_loss (G0) +
         entropy_weight * entropy_loss of each, with E and D fixed."""
+        # Gradients pass through E and D, but not into their weights.
         E.requires_grad_(False)
         D.requires_grad_(False)
         z1, z0 = noise(args.batch_size), noise(args.batch_size)
 
-        # G1, from the label
+        # G1 draws features of the label.
         h_fake = G.features(z1, y)
-        d1_fake, z1_found = D.features(h_fake)
-        label_error = label_loss(E.classify(h_fake), y)
-        z1_error = entropy_loss(z1_found, z1)
-        loss_G1 = g_loss(d1_fake) + label_error + args.entropy_weight * z1_error
+        d1_fake, z1_recovered = D.features(h_fake)
+        loss_label = label_loss(E.classify(h_fake), y)
+        loss_z1 = entropy_loss(z1_recovered, z1)
+        loss_G1 = g_loss(d1_fake) + loss_label + args.entropy_weight * loss_z1
 
-        # G0, from the features of a real image, or those of G1 as they are
+        # G0 draws images of features. Those of G1 are detached: it does not learn from G0.
         h = torch.where(joint, h_fake.detach(), E(x_real))
         x_fake = G.images(z0, h)
-        d0_fake, z0_found = D.images(x_fake)
-        feature_error = feature_loss(E(x_fake), h)
-        z0_error = entropy_loss(z0_found, z0)
-        loss_G0 = g_loss(d0_fake) + feature_error + args.entropy_weight * z0_error
+        d0_fake, z0_recovered = D.images(x_fake)
+        loss_feature = feature_loss(E(x_fake), h)
+        loss_z0 = entropy_loss(z0_recovered, z0)
+        loss_G0 = g_loss(d0_fake) + loss_feature + args.entropy_weight * loss_z0
 
         # G1 and G0 have no weights in common, so this is the gradient of each.
         loss_G = loss_G1 + loss_G0
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
-        errors = {"label_error": label_error, "feature_error": feature_error}
-        return loss_G, {**errors, "z1_error": z1_error, "z0_error": z0_error}
+        parts = {"loss_label": loss_label, "loss_feature": loss_feature}
+        return loss_G, {**parts, "loss_z1": loss_z1, "loss_z0": loss_z0}
 
     def update():
-        """One of the other steps: one update of D, then n_gen of G with the same minibatch."""
+        """One step after it: one update of D, then n_gen of G, all with the same minibatch."""
         x_real, y = common.sample_batch(args, data)
         loss_D, d_real, d_fake = d_step(x_real, y)
         for _ in range(args.n_gen):
-            loss_G, errors = g_step(x_real, y)
+            loss_G, parts = g_step(x_real, y)
+        # The scores are those of D0.
         values = {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
-        return {**values, **errors}
+        return {**values, **parts}
 
     @torch.no_grad()
     def accuracy():
@@ -411,22 +423,22 @@ def main(argv=None):
     if first == 0:
         common.save_grid(args, 0, sample(fixed_z, fixed_y), columns)
 
-    # What log.csv has of the networks that do not learn yet, or no more.
+    # log.csv has 0 for what a step does not compute.
     names = ["loss_E", "loss_D", "loss_G", "d_real", "d_fake"]
-    names += ["label_error", "feature_error", "z1_error", "z0_error"]
-    nothing = dict.fromkeys(names, torch.zeros((), device=args.device))
+    names += ["loss_label", "loss_feature", "loss_z1", "loss_z0"]
+    zeros = dict.fromkeys(names, torch.zeros((), device=args.device))
 
     # Train: E alone at first, then G and D.
     update = runs.cuda_graph(args, data, update)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:
         if step <= args.encoder_steps:
-            values = {**nothing, **update_encoder()}
+            values = {**zeros, **update_encoder()}
+            if step == args.encoder_steps:
+                common.say(f"E classifies {accuracy():.1%} of the training images correctly")
         else:
             joint.fill_(args.joint_from is not None and step >= args.joint_from)
-            values = {**nothing, **update()}
-        if step == args.encoder_steps:
-            common.say(f"E classifies {accuracy():.1%} of the training images correctly")
+            values = {**zeros, **update()}
         save_due = step % args.save_every == 0 or step == args.steps
 
         # A loss that is not finite stops the run here, before anything is saved.

@@ -48,6 +48,17 @@ def found(calls, name):
     return [(inputs, output) for called, inputs, output in calls if called == name]
 
 
+def open_stacked(joint):
+    """An opened script in one of the phases, with weights of D and E that are large enough for
+    each input to give another output."""
+    run = open_script("stacked_gan", "--entropy-weight", 7)
+    run.joint.fill_(joint)
+    with torch.no_grad():
+        for w in (*run.D.parameters(), *run.E.parameters()):
+            w.mul_(4)
+    return run
+
+
 def test_losses_of_equal_scores():
     """Cross entropy at logits of 0 is log 2, and D's loss is the mean of two."""
     zero = torch.zeros(4)
@@ -80,21 +91,23 @@ def test_networks(image_size, channels):
 
 
 def test_the_published_sizes():
-    """Parameters of the authors' MNIST networks: G1, and D1 with Q1."""
+    """Parameters of the authors' MNIST networks: G1, D1 with Q1, and D0 with Q0."""
     G, D = stacked_gan.Generator(50, 64, 1, 32, 10), stacked_gan.Discriminator(50, 64, 1, 32)
     # Without the biases before batch norm, which has its own; 2 * 2 * 512 are those of batch norm.
     g1 = 60 * 512 + 512 * 512 + 512 * 256 + 256 + 2 * 2 * 512
     assert sum(p.numel() for p in G.g1.parameters()) == g1
     d1 = [*D.d1.parameters(), *D.score1.parameters(), *D.q1.parameters()]
     assert sum(p.numel() for p in d1) == 2 * (256 * 256 + 256) + 257 + 256 * 50 + 50
+    d0 = [*D.d0.parameters(), *D.score0.parameters(), *D.q0.parameters()]
+    convs = 25 * (32 + 32 * 64 + 64 * 128) + 32 + 64 + 128
+    assert sum(p.numel() for p in d0) == convs + 2048 * 256 + 256 + 257 + 256 * 50 + 50
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_d_step(joint):
     """The losses of D1 and D0, each with the error of the noise that its own Q recovers from
     fakes. G0 draws from E's features, in the joint phase from G1's."""
-    run = open_script("stacked_gan", "--entropy-weight", 7)
-    run.joint.fill_(joint)
+    run = open_stacked(joint)
     x_real, y = common.sample_batch(run.args, run.data)
     calls, before = watched(run), snapshot(run.E)
     loss_D, d_real, d_fake = run.d_step(x_real, y)
@@ -109,11 +122,12 @@ def test_d_step(joint):
 
     expected = 0
     for part, real, fake, z in (("features", h_real, h_fake, z1), ("images", x_real, x_fake, z0)):
-        (real_in, (real_score, _)), (fake_in, (fake_score, z_found)) = found(
+        (real_in, (real_score, _)), (fake_in, (fake_score, z_recovered)) = found(
             calls, f"Discriminator.{part}"
         )
         assert torch.equal(real_in[0], real) and torch.equal(fake_in[0], fake)
-        expected += stacked_gan.d_loss(real_score, fake_score) + 7 * (z_found - z).square().mean()
+        loss = stacked_gan.d_loss(real_score, fake_score)
+        expected += loss + 7 * (z_recovered - z).square().mean()
     assert loss_D.item() == pytest.approx(expected.item(), rel=1e-5)
     assert d_real.item() == pytest.approx(real_score.mean().item(), abs=1e-6)
     assert d_fake.item() == pytest.approx(fake_score.mean().item(), abs=1e-6)
@@ -123,11 +137,10 @@ def test_d_step(joint):
 @pytest.mark.parametrize("joint", [False, True])
 def test_g_step(joint):
     """G1: its D, the label and the noise; G0: its D, the features that it got, and the noise."""
-    run = open_script("stacked_gan", "--entropy-weight", 7)
-    run.joint.fill_(joint)
+    run = open_stacked(joint)
     x_real, y = common.sample_batch(run.args, run.data)
     calls, before = watched(run), snapshot(run.E)
-    loss_G, errors = run.g_step(x_real, y)
+    loss_G, parts = run.g_step(x_real, y)
 
     (((z1, labels), h_fake),) = found(calls, "Generator.features")
     (((z0, h), x_fake),) = found(calls, "Generator.images")
@@ -136,17 +149,17 @@ def test_g_step(joint):
     assert torch.equal(h, h_fake if joint else images[id(x_real)])
     assert not h.requires_grad, "the features that G0 gets are data"
 
-    ((h_in, (d1, z1_found)),) = found(calls, "Discriminator.features")
-    ((x_in, (d0, z0_found)),) = found(calls, "Discriminator.images")
+    ((h_in, (d1, z1_recovered)),) = found(calls, "Discriminator.features")
+    ((x_in, (d0, z0_recovered)),) = found(calls, "Discriminator.images")
     assert h_in[0] is h_fake and x_in[0] is x_fake
-    label_error = nn.functional.cross_entropy(run.E.classify(h_fake), y)
-    feature_error = (images[id(x_fake)] - h).square().mean()
-    z1_error, z0_error = (z1_found - z1).square().mean(), (z0_found - z0).square().mean()
-    expected = stacked_gan.g_loss(d1) + label_error + 7 * z1_error
-    expected = expected + stacked_gan.g_loss(d0) + feature_error + 7 * z0_error
+    loss_label = nn.functional.cross_entropy(run.E.classify(h_fake), y)
+    loss_feature = (images[id(x_fake)] - h).square().mean()
+    loss_z1, loss_z0 = (z1_recovered - z1).square().mean(), (z0_recovered - z0).square().mean()
+    expected = stacked_gan.g_loss(d1) + loss_label + 7 * loss_z1
+    expected = expected + stacked_gan.g_loss(d0) + loss_feature + 7 * loss_z0
     assert loss_G.item() == pytest.approx(expected.item(), rel=1e-5)
-    values = [label_error, feature_error, z1_error, z0_error]
-    for value, theirs in zip(errors.values(), values, strict=True):
+    values = [loss_label, loss_feature, loss_z1, loss_z0]
+    for value, theirs in zip(parts.values(), values, strict=True):
         assert value.item() == pytest.approx(theirs.item(), rel=1e-5)
     assert same(snapshot(run.E), before) and all(p.grad is None for p in run.E.parameters())
 
@@ -209,7 +222,7 @@ def test_what_is_refused(capsys):
     train("stacked_gan", "run", "--steps", 1)
     with pytest.raises(SystemExit):
         train("stacked_gan", "new", "--init", "run/checkpoint.pt")
-    assert "--init cannot be used here, as E would be another one" in capsys.readouterr().err
+    assert "--init cannot be used here, as it does not load E" in capsys.readouterr().err
     picture_folder(Path("flat"), (0, 1))
     with pytest.raises(SystemExit, match=r"flat has no classes, which stacked_gan\.py needs"):
         train("stacked_gan", "other", data="flat")
@@ -220,8 +233,8 @@ def test_what_is_refused(capsys):
 def test_learns_two_pictures(capsys):
     """One for each label, and E tells the two apart."""
     data, run = picture_folder(Path("pictures"), (0, 1), classes=True), "--out-dir run --device cpu"
-    quick = "--image-size 16 --batch-size 8 --width 16 --z-dim 6 --lr 2e-3 --encoder-steps 30"
-    quick = f"{quick} --steps 330 --save-every 1000"
+    quick = "--image-size 32 --batch-size 8 --width 8 --z-dim 6 --lr 2e-3 --encoder-steps 100"
+    quick = f"{quick} --steps 300 --save-every 1000"
     stacked_gan.main(f"--dataset {data} {quick} {run}".split())
     assert "E classifies 100.0% of the training images correctly" in capsys.readouterr().err
     for label in (0, 1):
@@ -230,5 +243,5 @@ def test_learns_two_pictures(capsys):
         for file in Path("run", folder).iterdir():
             image, kind = np.asarray(Image.open(file), float), int(file.stem.endswith("class1"))
             assert kind == (folder == "generated-2")
-            distance = [np.abs(image - picture(k)).mean() for k in (kind, 1 - kind)]
+            distance = [np.abs(image - picture(k, 32)).mean() for k in (kind, 1 - kind)]
             assert distance[0] < 45 and distance[0] < distance[1], f"{file}: {distance}"
