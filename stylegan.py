@@ -19,12 +19,11 @@ Deviations from it:
   600,000 images for each stage and each fade: 9,375 steps.
 - The batch size is the same at all sizes. Theirs is 128 up to 16x16.
 - D is updated before G, on other fakes. The average of G moves after both.
-- The default of --r1 is theirs, for images of 1024x1024. Smaller images need less.
 
 The networks grow, which one CUDA graph cannot follow: --cuda-graph is refused. With --init,
 --stage-steps 0 goes on with the whole networks.
 
-    python stylegan.py --dataset cifar10 --width 32 --batch-size 16 --r1 0.1 --steps 20000
+    python stylegan.py --dataset cifar10 --width 16 --z-dim 64 --batch-size 16 --steps 20000
 """
 
 import copy
