@@ -20,7 +20,8 @@ train_mnist_feature_matching.py). Deviations from it:
 - G has five hidden layers, as the paper says. The authors' code has two, with which feature
   matching often fails to converge in the first thousand steps.
 - Images are 32x32: MNIST's 28x28 images are padded.
-- Unlabelled images are drawn with replacement, not in epochs of 600 updates.
+- Unlabelled images are drawn with replacement, not in epochs of 600 updates. With more labels than
+  fit in a batch, each batch is a new choice of them; theirs take turns.
 - Batch norm in G has a gain.
 - Adam's epsilon, 1e-4, is added to the root. Theirs, 1e-8, is added inside it.
 - The average moves faster at first; theirs starts at 0 and always moves by 1/10,000 of the way.
