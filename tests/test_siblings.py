@@ -92,6 +92,7 @@ def test_common_flags(name):
     "name, other, shared",
     [
         ("stylegan2", "dcgan", "d_loss g_loss"),
+        ("stacked_gan", "cgan", "class_number g_loss"),
         ("ebgan", "dcgan", "Generator init_weights"),
         ("progan", "wgan_gp", "d_loss g_loss"),
         ("progan", "stylegan2", "minibatch_deviation"),
