@@ -246,19 +246,20 @@ def g_loss(d_fake):
 
 def label_loss(logits, y):
     """E[-log p(y | h)], the cross entropy of E's classes, from logits (N, K) and labels (N,): E's
-    own loss, and the conditional loss of G1. Section 3.3."""
+    own loss, and what the paper calls the conditional loss of G1."""
     return nn.functional.cross_entropy(logits, y)
 
 
 def feature_loss(h_fake, h):
-    """E[(E(G0(h, z0)) - h)^2] from features (N, F), a mean over all: the conditional loss of G0.
-    Section 3.3."""
+    """E[(E(G0(h, z0)) - h)^2] from features (N, F), a mean over all: what the paper calls the
+    conditional loss of G0."""
     return (h_fake - h).square().mean()
 
 
 def entropy_loss(z_recovered, z):
-    """E[(Q(G(z)) - z)^2] from noise (N, z_dim), a mean over all: Q is a Gaussian around the noise
-    that it recovers. Section 3.4."""
+    """E[(Q(G(z)) - z)^2] from noise (N, z_dim), a mean over all: what the paper calls the entropy
+    loss. With Q a Gaussian around the noise that it recovers, it is a bound on the entropy of what
+    G draws."""
     return (z_recovered - z).square().mean()
 
 
@@ -363,7 +364,7 @@ def main(argv=None):
         loss_z1 = entropy_loss(z1_recovered, z1)
         loss_G1 = g_loss(d1_fake) + loss_label + args.entropy_weight * loss_z1
 
-        # G0 draws images of features. Those of G1 are detached: it does not learn from G0.
+        # G0 draws images of features. Those of G1 are detached, as G1 does not learn from G0.
         h = torch.where(joint, h_fake.detach(), E(x_real))
         x_fake = G.images(z0, h)
         d0_fake, z0_recovered = D.images(x_fake)
@@ -380,7 +381,7 @@ def main(argv=None):
         return loss_G, {**parts, "loss_z1": loss_z1, "loss_z0": loss_z0}
 
     def update():
-        """One step after it: one update of D, then n_gen of G, all with the same minibatch."""
+        """One step of the second phase: one update of D, then n_gen of G, on one minibatch."""
         x_real, y = common.sample_batch(args, data)
         loss_D, d_real, d_fake = d_step(x_real, y)
         for _ in range(args.n_gen):
