@@ -17,8 +17,6 @@ features; the test error is that of an average of D's weights.
 
 The networks are those of the authors' MNIST code (github.com/openai/improved-gan,
 train_mnist_feature_matching.py). Deviations from it:
-- G has five hidden layers, as the paper says. The authors' code has two, with which feature
-  matching often fails to converge in the first thousand steps.
 - Images are 32x32: MNIST's 28x28 images are padded.
 - Unlabelled images are drawn with replacement, not in epochs of 600 updates. With more labels than
   fit in a batch, each batch is a new choice of them; theirs take turns.
@@ -128,16 +126,12 @@ class Generator(nn.Module):
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
-        # 500 units, five times
         c = max(1, width // 2)
-        layers, n_in = [], z_dim
-        for _ in range(5):
-            layers += [nn.Linear(n_in, c, bias=False), nn.BatchNorm1d(c), nn.Softplus()]
-            n_in = c
-
-        # channels x 32x32
         last = nn.Linear(c, channels * image_size**2)
-        layers += [last, nn.Sigmoid(), nn.Unflatten(1, (channels, image_size, image_size))]
+        layers = [nn.Linear(z_dim, c, bias=False), nn.BatchNorm1d(c), nn.Softplus()]  # 500
+        layers += [nn.Linear(c, c, bias=False), nn.BatchNorm1d(c), nn.Softplus()]  # 500
+        layers += [last, nn.Sigmoid()]  # channels * 32 * 32
+        layers += [nn.Unflatten(1, (channels, image_size, image_size))]
         self.net = nn.Sequential(*layers).apply(init_weights)
 
         # Weight norm, with a scale that starts at 1.
