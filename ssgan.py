@@ -16,7 +16,8 @@ norm and noise in place of maxout and dropout, and starts with normalised activa
 features; the test error is that of an average of D's weights.
 
 The networks are those of the authors' MNIST code (github.com/openai/improved-gan,
-train_mnist_feature_matching.py). Deviations from it:
+train_mnist_feature_matching.py). Deviations from it, or from the paper:
+- G has two hidden layers, as in that code; the paper says five (docs/experiments.md has both).
 - Images are 32x32: MNIST's 28x28 images are padded.
 - Unlabelled images are drawn with replacement, not in epochs of 600 updates. With more labels than
   fit in a batch, each batch is a new choice of them; theirs take turns.
