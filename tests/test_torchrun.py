@@ -77,7 +77,8 @@ def test_rank_0_alone_prints_and_writes(both):
     _, folder, printed = both
     assert len(re.findall(r"dcgan on cpu.*: 2 images of 3x16x16", printed)) == 1
     assert printed.count(str(Path("done: dcgan", "samples", "000003.png"))) == 1
-    assert printed.count("| 0/3 [00:00<?") == len(SCRIPTS), "a bar each"
+    assert printed.count("| 0/3 [00:00<?") == len(SCRIPTS) - 1, "a bar each, but 0/5 in one"
+    assert printed.count("E classifies") == 1
     assert len(list(folder.glob("dcgan/samples/*.png"))) == 2
     rows = (folder / "dcgan" / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "3"]

@@ -77,7 +77,8 @@ results = {}
 for name in SCRIPTS:
     seen = {}
     n_critic = [] if name in WITHOUT_N_CRITIC else ["--n-critic", 2]
-    train(name, name, "--steps", 3, "--lr", 0.01, *n_critic)
+    steps = 5 if name == "stacked_gan" else 3  # its first 2 train the encoder
+    train(name, name, "--steps", steps, "--lr", 0.01, *n_critic)
     results[name] = {key: part for key, part in seen.items() if key.startswith("opt_D ")}
     results[name] |= {key: part for key, part in seen.items() if key.startswith("opt_G ")}
     results[name]["G"] = dict(seen["G"].named_parameters())
