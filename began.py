@@ -11,7 +11,8 @@ The energy of an image is D(x) = mean |Dec(Enc(x)) - x|, over all its pixels.
         but stays in [0, 1]
 
 gamma is the ratio of the two errors, E[D(G(z))] / E[D(x)], that k aims at: a lower one gives better
-but less varied images.
+but less varied images. With at most 1, G can reach it by drawing only what D reconstructs easily,
+such as ones on MNIST. With 2, all ten digits appear, crudely drawn (docs/experiments.md).
 
 Differs from ebgan.py in: the error is absolute, a weight k takes the place of the margin, and there
 is no pulling-away term; the networks have no normalisation. log.csv also has k and M = E[D(x)] +
@@ -63,7 +64,7 @@ def parse_args(argv=None):
         "--halve-every",
         type=runs.positive_int,
         default=100_000,
-        help="steps after which the learning rate halves, again and again",
+        help="steps from one halving of the learning rate to the next",
     )
     return runs.parse_args(p, argv)
 
@@ -242,6 +243,7 @@ def main(argv=None):
     update = runs.cuda_graph(args, data, update)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:
+        # The learning rate of this step.
         halvings = (step - 1) // args.halve_every
         for opt in (opt_G, opt_D):
             opt.param_groups[0]["lr"].fill_(args.lr / 2**halvings)

@@ -24,20 +24,22 @@ Differs from cgan.py in: two GANs instead of one; the label is an input of G1 al
 a D that sees the label, makes each G obey its input; D has a head that recovers the noise, 5x5
 convolutions and no batch norm; z is uniform in [0, 1).
 
-This is the authors' MNIST code (github.com/xunhuang1995/SGAN, commit e235644). Deviations from it:
+Follows the authors' MNIST code (github.com/xunhuang1995/SGAN, commit e235644), in which, unlike in
+the paper, G1 never learns from G0. Deviations from it:
 - MNIST's images are padded to 32x32, and are in [-1, 1]; theirs are in [0, 1]. G0 doubles the size
   three times; theirs doubles it twice and adds 4 pixels twice, to reach 28x28.
-- E is trained here, by Adam at a rate of 1e-3. Their code has only its weights.
+- E is trained here, from PyTorch's initialisation, by Adam with a learning rate of 1e-3. Their code
+  has only its weights.
 - Minibatches are drawn with replacement, not in epochs. Theirs trains for 120,000 updates.
 - --joint-from switches within one run. The authors have a script for each way; in the joint one, D1
   and D0 have ReLU dense layers and other initial weights.
 - Adam's epsilon, 1e-4, is added to the root. Theirs, 1e-8, is added inside it.
 - Images are drawn with batch norm's running statistics; theirs uses those of the batch.
-Colour images have the same networks. For CIFAR-10 the authors have others: both D classify, G's
-loss saturates, G1 also learns from a hundredth of G0's loss in the joint phase, and G gets 1, 3, 5
-or 7 updates, depending on D's loss. --n-gen is a fixed number.
+- Colour images have the same networks. The authors have others for CIFAR-10, where both D classify,
+  G's loss saturates, G1 also learns from a hundredth of G0's loss in the joint phase, and G gets 1,
+  3, 5 or 7 updates, depending on D's loss. Here that number is fixed: --n-gen.
 
---init is refused: it would load G and D, but not the E whose features they know.
+--init is refused: it would load G and D, but not E, on whose features they were trained.
 
 A run of nine minutes on one core (docs/experiments.md):
 
@@ -77,7 +79,7 @@ def parse_args(argv=None):
         "--encoder-steps",
         type=runs.positive_int,
         default=1200,
-        help="number of first steps, out of --steps, that train E alone",
+        help="steps at the start, out of --steps, that train E alone",
     )
     p.add_argument(
         "--joint-from",
@@ -112,7 +114,7 @@ class Encoder(nn.Module):
         layers = [nn.Conv2d(channels, c, 5), nn.ReLU(), nn.MaxPool2d(2)]
         layers += [nn.Conv2d(c, c, 5), nn.ReLU(), nn.MaxPool2d(2)]
 
-        # 256
+        # 256: before that, each convolution took away 4 pixels, and each pooling halved the size
         size = ((image_size - 4) // 2 - 4) // 2
         layers += [nn.Flatten(), nn.Linear(c * size**2, 4 * width), nn.ReLU()]
         self.net = nn.Sequential(*layers)
@@ -213,7 +215,7 @@ def upsample(n_in, n_out, bias=False):
 
 
 def heads(n_in, z_dim):
-    """The last layers of D and of Q."""
+    """The last layers of a D and of its Q."""
     score = nn.Linear(n_in, 1).apply(init_weights)
     q = nn.Sequential(nn.Linear(n_in, z_dim), nn.Sigmoid()).apply(init_weights)
     return score, q

@@ -23,6 +23,8 @@ Deviations from it:
 The networks grow, which one CUDA graph cannot follow: --cuda-graph is refused. With --init,
 --stage-steps 0 goes on with the whole networks.
 
+A small run on CIFAR-10:
+
     python stylegan.py --dataset cifar10 --width 16 --z-dim 64 --batch-size 16 --steps 20000
 """
 

@@ -20,8 +20,8 @@ import common
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 CONVOLUTIONAL = NAMES[1:]
-OTHERS = ("tricks", "ssgan", "stacked_gan", "ebgan", "began")
-OTHERS = (*OTHERS, "progan", "stylegan", "stylegan2", "r3gan")
+LARGE = ("progan", "stylegan", "stylegan2", "r3gan")
+OTHERS = ("tricks", "ssgan", "stacked_gan", "ebgan", "began", *LARGE)
 SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, *OTHERS)}
 WITHOUT_N_CRITIC = ("stylegan2", "r3gan", "stacked_gan")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -26,21 +26,22 @@ import stacked_gan
 def watched(run):
     """A list to which every later call of a part of G, D and E adds (name, inputs, output)."""
     calls = []
-    for owner, name in ((run.G, "features"), (run.G, "images"), (run.D, "features")):
-        watch(calls, owner, name)
-    watch(calls, run.D, "images")
-    watch(calls, run.E, "forward")
+
+    def watch(network, name):
+        method = getattr(network, name)
+
+        def watched_method(*inputs):
+            output = method(*inputs)
+            calls.append((f"{type(network).__name__}.{name}", inputs, output))
+            return output
+
+        setattr(network, name, watched_method)
+
+    for network in (run.G, run.D):
+        watch(network, "features")
+        watch(network, "images")
+    watch(run.E, "forward")
     return calls
-
-
-def watch(calls, owner, name):
-    method = getattr(owner, name)
-
-    def call(*inputs):
-        calls.append((f"{type(owner).__name__}.{name}", inputs, method(*inputs)))
-        return calls[-1][-1]
-
-    setattr(owner, name, call)
 
 
 def found(calls, name):
@@ -218,11 +219,30 @@ def test_resume_in_each_phase(stop):
     assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
 
 
+def test_the_optimisers():
+    """Those of G and D have the authors' epsilon; that of E steps on the gradient of its loss
+    alone, which is zeroed before."""
+    run, largest = open_script("stacked_gan"), []
+    for opt in (run.opt_G, run.opt_D):
+        assert opt.param_groups[0]["eps"] == 1e-4
+    weights = list(run.E.parameters())
+    for w in weights:
+        w.grad = torch.full_like(w, 1e6)
+    run.opt_E.register_step_pre_hook(
+        lambda *_: largest.append(max(w.grad.abs().max().item() for w in weights))
+    )
+    run.update_encoder()
+    assert len(largest) == 1 and largest[0] < 1e5
+
+
 def test_what_is_refused(capsys):
     train("stacked_gan", "run", "--steps", 1)
     with pytest.raises(SystemExit):
         train("stacked_gan", "new", "--init", "run/checkpoint.pt")
     assert "--init cannot be used here, as it does not load E" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train("stacked_gan", "new", "--batch-size", 1)
+    assert "--batch-size must be at least 2 per process" in capsys.readouterr().err
     picture_folder(Path("flat"), (0, 1))
     with pytest.raises(SystemExit, match=r"flat has no classes, which stacked_gan\.py needs"):
         train("stacked_gan", "other", data="flat")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import standalone
 import torch
-from helpers import NAMES, ROOT, checkpoint, picture_folder, same, train, write_mnist
+from helpers import LARGE, NAMES, ROOT, checkpoint, picture_folder, same, train, write_mnist
 
-COPIED = (*NAMES, "ebgan", "began", "progan", "stylegan", "stylegan2", "r3gan", "stacked_gan")
+COPIED = (*NAMES, "stacked_gan", "ebgan", "began", *LARGE)
 FLAGS = "--image-size 16 --width 8 --batch-size 4 --z-dim 6 --steps 2 --seed 3 --device cpu"
 
 # Runs the files that are named on its command line as programs, one after the other.

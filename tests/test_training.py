@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import (
     DEVICES,
+    LARGE,
     NAMES,
     SCRIPTS,
     WITHOUT_N_CRITIC,
@@ -27,7 +28,7 @@ from PIL import Image
 import common
 import runs
 
-ALL = (*NAMES, "ebgan", "began", "progan", "stylegan", "stylegan2", "r3gan", "stacked_gan")
+ALL = (*NAMES, "stacked_gan", "ebgan", "began", *LARGE)
 
 
 def open_update(name, *flags, n_critic):

@@ -63,10 +63,10 @@ gan ssgan: A classifier with few labels can also learn from images without label
 belongs to some class, each fake to none. G does not try to deceive D here: it matches D's features
 on average.
 
-cgan stacked_gan: A classifier already knows features between a label and an image. One GAN draws
-them from the label, a second one draws the image from them, and each has an easier task. The
-classifier says whether they did what they were asked for, and a second head of each D whether they
-used their noise.
+cgan stacked_gan: The features of a classifier lie between a label and an image. One GAN draws them
+from the label, another draws the image from them, and each has an easier task. The classifier tells
+both whether they drew what they were asked for, and a second head of each D whether they used their
+noise.
 
 dcgan stylegan2: z need not be the input of the first layer of G. StyleGAN2 computes a style from
 it, which says in each layer how strong each feature is. The input of the first layer is a learnt
