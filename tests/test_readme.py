@@ -17,7 +17,7 @@ def test_python_snippets(monkeypatch):
     train("cgan", "runs/cgan-digits", *flags)
     train("tricks", "runs/tricks-digits", *flags, "--ema", 0.9)
     train("stylegan2", "runs/stylegan2-digits", *flags)
-    train("stacked_gan", "runs/stacked_gan-digits", *flags)
+    train("stacked_gan", "runs/stacked_gan-mnist", *flags)
     blocks = [re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S) for page in PAGES]
     assert len(blocks[0]) >= 1 and len(blocks[1]) >= 3
     for block in itertools.chain(*blocks):
