@@ -20,7 +20,7 @@ github.com/brownvc/R3GAN), at 32x32 with a width of 768 and a batch of 512. Devi
 - Everything is computed in float32; the authors use bfloat16 in most layers.
 - The schedules span --steps, so resuming with more --steps raises the learning rate again. The
   authors' span the first 20 million images of 250 million.
-- The half-life of G's average ends at a quarter of all images, which is theirs at 20 million.
+- The half-life of G's average ends at 2% of all images, which is theirs in 250 million.
 - For other image sizes, the width is still the same at every resolution.
 
 A small run on CIFAR-10:
@@ -344,7 +344,7 @@ def main(argv=None):
             opt.param_groups[0]["beta2"].fill_(cosine(args.beta2, args.beta2_end, before))
         gamma.fill_(cosine(args.gamma, args.gamma_end, before))
         values = update()
-        half_life = max(1e-3, cosine(0, args.steps / 4, after))  # in steps
+        half_life = max(1e-3, cosine(0, 0.02 * args.steps, after))  # in steps
         move_average(average, G, 0.5 ** (1 / half_life))
         save_due = step % args.save_every == 0 or step == args.steps
 
