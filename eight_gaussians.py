@@ -4,8 +4,7 @@
     python eight_gaussians.py --only gan-slow-d  one of them
 
 The real points come from eight Gaussians on a circle. G maps noise to points, and D scores points.
-Each way has the same two networks and exactly the losses of its script, so that the loss is what
-differs. In --out-dir this writes
+Each way has the losses of its script, on networks of the same size. In --out-dir this writes
 
     picture.png     a row for each way, a column for each moment: real points grey, G's in colour
     movie.gif       the same in motion
@@ -32,11 +31,11 @@ collapse.
 The data are those of gan_toy.py (github.com/igul222/improved_wgan_training), before it divides them
 by 1.414: radius 2, standard deviation 0.02, after Metz et al. 2016
 (https://arxiv.org/abs/1611.02163). The networks have its three hidden layers, but 64 units in each
-instead of 512, and PyTorch's initialisation instead of He's. It trains for 100,000 steps at a
-constant learning rate of 1e-4. Modes are counted as in PacGAN, Lin et al. 2018
+instead of 512, and PyTorch's initialisation instead of He's. gan_toy.py trains for 100,000
+steps at a constant learning rate of 1e-4. Modes are counted as in PacGAN, Lin et al. 2018
 (https://arxiv.org/abs/1712.04086).
 
-It runs on the CPU, which is enough for networks of this size.
+The script runs on the CPU, which is enough for networks of this size.
 """
 
 import csv
@@ -115,8 +114,12 @@ def parse_args(argv=None):
         help="what a way has of its own, such as wgan's clip (default: each way's own)",
     )
     p.add_argument("--steps", type=runs.positive_int, default=2000, help="updates of G")
-    p.add_argument("--seed", type=runs.non_negative_int, default=0, help="of all random numbers")
-    p.add_argument("--out-dir", type=runs.path, default="runs/eight_gaussians", help="for results")
+    p.add_argument(
+        "--seed", type=runs.non_negative_int, default=0, help="seed of all random numbers"
+    )
+    p.add_argument(
+        "--out-dir", type=runs.path, default="runs/eight_gaussians", help="output folder"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace the results in --out-dir")
     args = p.parse_args(argv)
     if args.strength is not None:

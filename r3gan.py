@@ -11,8 +11,9 @@ Each real image is paired with the generated image at the same place in the batc
 which of the two looks more real. Only the difference of their scores matters.
 
 Differs from stylegan2.py in: pairs in both losses; R2 beside R1, both at every step; residual
-networks without normalisation, styles, noise, skip connections and minibatch deviation; the
-learning rate, gamma, Adam's beta2 and the half-life of G's average change in the course of a run.
+networks, without normalisation, styles, noise, minibatch deviation and images at the smaller sizes;
+the learning rate, gamma, Adam's beta2 and the half-life of G's average change in the course
+of a run.
 
 This is the configuration in which the authors train CIFAR-10 (train.py of
 github.com/brownvc/R3GAN), at 32x32 with a width of 768 and a batch of 512. Deviations from it:
@@ -20,7 +21,8 @@ github.com/brownvc/R3GAN), at 32x32 with a width of 768 and a batch of 512. Devi
 - Everything is computed in float32; the authors use bfloat16 in most layers.
 - The schedules span --steps, so resuming with more --steps raises the learning rate again. The
   authors' span the first 20 million images of 250 million.
-- The half-life of G's average ends at 2% of all images, which is theirs in 250 million.
+- The half-life of G's average ends at 2% of the run's images. Theirs ends at 5 million images,
+  which is 2% of their 250 million.
 - For other image sizes, the width is still the same at every resolution.
 
 A small run on CIFAR-10:
@@ -48,7 +50,7 @@ def parse_args(argv=None):
         "--width",
         type=runs.positive_int,
         default=768,
-        help="channels, a multiple of 8: size and speed",
+        help="channels at all sizes, a multiple of 8: sets size and speed",
     )
     p.add_argument(
         "--lr", type=runs.positive_float, default=2e-4, help="learning rate at the start"

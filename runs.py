@@ -224,7 +224,7 @@ def add_shared_flags(p):
     group.add_argument("--data-dir", type=absolute_path, default="data", help="where downloads go")
 
     group = p.add_argument_group("run")
-    group.add_argument("--steps", type=positive_int, default=20_000, help="updates of G")
+    group.add_argument("--steps", type=positive_int, default=20_000, help="training steps")
     group.add_argument(
         "--seed", type=non_negative_int, default=0, help="seed of all random numbers"
     )

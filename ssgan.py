@@ -25,6 +25,8 @@ train_mnist_feature_matching.py). Deviations from it, or from the paper:
 - Adam's epsilon, 1e-4, is added to the root. Theirs, 1e-8, is added inside it.
 - The average moves faster at first; theirs starts at 0 and always moves by 1/10,000 of the way.
 
+The runs of 60 epochs in docs/results.md:
+
     python ssgan.py --labels 100 --steps 36000
 """
 
@@ -50,9 +52,7 @@ def parse_args(argv=None):
     p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    p.add_argument(
-        "--labels", type=runs.positive_int, default=100, help="labelled images, of all classes"
-    )
+    p.add_argument("--labels", type=runs.positive_int, default=100, help="labelled images in all")
     p.add_argument(
         "--label-seed", type=runs.non_negative_int, default=0, help="which images are labelled"
     )

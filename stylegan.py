@@ -1,4 +1,4 @@
-"""StyleGAN: G draws with styles, which are computed from z and set mean and scale of each feature.
+"""StyleGAN: G draws with styles, which are computed from z and set each feature's mean and scale.
 
 Karras, Laine, Aila 2018, A Style-Based Generator Architecture for Generative Adversarial Networks.
 https://arxiv.org/abs/1812.04948

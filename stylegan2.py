@@ -24,7 +24,9 @@ mixing and residual connections. Deviations from it:
 - The mean of w for --truncation is computed when it is needed, from 10,000 z.
 
 The default of --r1 is theirs for CIFAR-10. On MNIST with a width of 4, G collapses with it, and
-does well with 10 (docs/results.md).
+learns with 10 (docs/experiments.md).
+
+The two-hour run on CIFAR-10 in docs/experiments.md:
 
     python stylegan2.py --dataset cifar10 --width 8 --batch-size 16 --steps 106000
 """

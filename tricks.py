@@ -46,7 +46,7 @@ def parse_args(argv=None):
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
     p.add_argument(
-        "--smooth", type=runs.fraction, default=0.0, help="real images' target: 1 - this"
+        "--smooth", type=runs.fraction, default=0.0, help="target of real images is 1 - this"
     )
     p.add_argument("--flip", type=runs.fraction, default=0.0, help="share of D's labels swapped")
     p.add_argument(
@@ -61,7 +61,7 @@ def parse_args(argv=None):
         default=0,
         help="number of old fakes to keep; half of D's fakes are old",
     )
-    p.add_argument("--feature-matching", action="store_true", help="D's mean features as G's loss")
+    p.add_argument("--feature-matching", action="store_true", help="G matches D's mean features")
     p.add_argument(
         "--minibatch-kernels",
         type=runs.non_negative_int,

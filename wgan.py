@@ -43,7 +43,9 @@ def parse_args(argv=None):
     p.add_argument("--alpha", type=runs.fraction, default=0.99, help="RMSprop's alpha")
     p.add_argument("--n-critic", type=runs.positive_int, default=5, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    p.add_argument("--clip", type=runs.positive_float, default=0.01, help="largest weight of D")
+    p.add_argument(
+        "--clip", type=runs.positive_float, default=0.01, help="D's weights stay in [-clip, clip]"
+    )
     return runs.parse_args(p, argv)
 
 

@@ -22,7 +22,7 @@ FLAGS = """\
     p.add_argument("--dataset", default="mnist", help="mnist, fashion-mnist, cifar10 or a folder")
     p.add_argument("--data-dir", default="data", help="where downloads go")
     p.add_argument("--out-dir", default="out", help="output folder")
-    p.add_argument("--steps", type=int, default=20_000, help="updates of G")
+    p.add_argument("--steps", type=int, default=20_000, help="training steps")
     p.add_argument("--save-every", type=int, default=500, help="steps between grids")
     p.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
