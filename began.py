@@ -26,9 +26,9 @@ from the paper and that code:
   moves by E[D(x)] from before D's update and E[D(G(z))] from after it.
 - The paper's skip connections, which are optional, are left out, as in that code.
 
-On MNIST, this command draws little but ones (docs/results.md says why):
+The run on MNIST in docs/results.md:
 
-    python began.py --width 8 --lr 4e-4 --gamma 0.9 --lambda-k 0.01 --steps 14000
+    python began.py --width 8 --lr 4e-4 --gamma 2 --halve-every 3000 --steps 18000
 """
 
 import math
