@@ -25,9 +25,9 @@ github.com/brownvc/R3GAN), at 32x32 with a width of 768 and a batch of 512. Devi
   which is 2% of their 250 million.
 - For other image sizes, the width is still the same at every resolution.
 
-A small run on CIFAR-10:
+A small run on MNIST, which docs/results.md has with 11,500 steps:
 
-    python r3gan.py --dataset cifar10 --width 32 --batch-size 32 --steps 1300
+    python r3gan.py --width 16 --batch-size 8 --lr 1e-3 --lr-end 2e-4 --gamma 10 --gamma-end 1
 """
 
 import copy
