@@ -12,8 +12,8 @@ which of the two looks more real. Only the difference of their scores matters.
 
 Differs from stylegan2.py in: pairs in both losses; R2 beside R1, both at every step; residual
 networks, without normalisation, styles, noise, minibatch deviation and images at the smaller sizes;
-the learning rate, gamma, Adam's beta2 and the half-life of G's average change in the course
-of a run.
+the learning rate, gamma, Adam's beta2 and the half-life of G's average change in the course of a
+run.
 
 This is the configuration in which the authors train CIFAR-10 (train.py of
 github.com/brownvc/R3GAN), at 32x32 with a width of 768 and a batch of 512. Deviations from it:

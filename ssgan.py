@@ -52,7 +52,7 @@ def parse_args(argv=None):
     p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    p.add_argument("--labels", type=runs.positive_int, default=100, help="labelled images in all")
+    p.add_argument("--labels", type=runs.positive_int, default=100, help="labelled images in total")
     p.add_argument(
         "--label-seed", type=runs.non_negative_int, default=0, help="which images are labelled"
     )
