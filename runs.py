@@ -198,8 +198,6 @@ def parse_args(p, argv, generate_only=()):
         p.error(in_the_way(args.out_dir))
 
     # Flags that need something of this machine.
-    if args.cuda_graph and "cuda" not in args.device:
-        p.error(f"--cuda-graph needs CUDA, and --device is {args.device}")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         p.error("--tensorboard needs a package that is missing: pip install tensorboard")
 
@@ -252,7 +250,10 @@ def add_shared_flags(p):
     default = "cuda" if torch.cuda.is_available() else "cpu"
     group.add_argument("--device", type=device, default=default, help="cpu, cuda, cuda:1, mps, ...")
     group.add_argument(
-        "--cuda-graph", action="store_true", help="faster on NVIDIA GPUs: a CUDA graph per update"
+        "--no-cuda-graph",
+        dest="cuda_graph",
+        action="store_false",
+        help="on NVIDIA GPUs: launch each operation by itself, which is slower",
     )
 
 
@@ -702,17 +703,16 @@ def drop_rows_after(step, file):
 
 
 def cuda_graph(args, data, update):
-    """Returns `update`, or with --cuda-graph a function that does the same by replaying a CUDA
-    graph.
+    """Returns a function that does the same as `update` by replaying a CUDA graph: one launch,
+    instead of one for each operation.
 
     `update()` draws its noise and minibatches itself, never waits for the device, and returns a
-    dict of tensors. It cannot be captured, and is returned as it is, if the images are in host
-    memory.
+    dict of tensors. It is returned as it is without CUDA, with --no-cuda-graph, under torchrun, and
+    if the images are in host memory because the GPU's is too small.
     """
-    if not args.cuda_graph:
+    if not args.cuda_graph or common.world_size() > 1:
         return update
-    if data.images.device.type == "cpu":
-        common.warn("--cuda-graph has no effect, as the images do not fit in the memory of the GPU")
+    if data.images.device.type in ("cpu", "mps"):
         return update
 
     # A capture must not depend on work of the default stream.

@@ -13,6 +13,12 @@ tqdm.monitor_interval = 0
 
 
 @pytest.fixture(autouse=True)
+def full_precision():
+    """No test gets the TF32 of one before it, which trained on CUDA."""
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """No test reads or writes the directory that pytest was started in."""
     monkeypatch.chdir(tmp_path)

@@ -59,7 +59,6 @@ FLAGS = {
     "--out-dir=": "argument --out-dir: the path is empty",
     "--dataset=": "argument --dataset: the path is empty",
     "--resume --generate 3": "argument --generate: not allowed with argument --resume",
-    "--device cpu --cuda-graph": "--cuda-graph needs CUDA, and --device is cpu",
     "--resume --overwrite": "--overwrite starts a new run: leave out --resume and --generate",
     "--epochs 3": "unrecognized arguments: --epochs",
     "--cuda": "unrecognized arguments: --cuda",

@@ -225,14 +225,6 @@ def test_generate_draws_at_the_stage_of_the_run():
     assert (image[::4] != image[1::4]).any(), "more than 4 rows"
 
 
-def test_cuda_graphs_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(SystemExit):
-        progan.parse_args(["--cuda-graph", "--device", "cuda"])
-    assert "--cuda-graph cannot be used here" in capsys.readouterr().err
-
-
 def test_learns_one_picture_through_all_stages():
     """G itself: its average takes longer than this."""
     flags = "--image-size 16 --batch-size 4 --width 8 --z-dim 6 --stage-steps 30 --steps 200"

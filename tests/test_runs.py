@@ -154,6 +154,8 @@ def test_resume_drops_the_rows_after_the_checkpoint():
 
 def in_child(function):
     """Runs a function in a forked process, which has torch loaded already; returns the process."""
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that has used CUDA cannot be forked")
     process = multiprocessing.get_context("fork").Process(target=function, daemon=True)
     process.start()
     return process
@@ -421,6 +423,7 @@ def test_the_default_device_is_the_gpu(name, monkeypatch):
 def test_mps_is_accepted_where_there_is_one(monkeypatch):
     with pytest.raises(SystemExit):
         SCRIPTS["dcgan"].parse_args(["--device", "mps"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert SCRIPTS["dcgan"].parse_args(["--device", "mps"]).device == "mps"
     assert SCRIPTS["dcgan"].parse_args([]).device == "cpu"
@@ -481,11 +484,17 @@ def test_an_update_is_captured_once_and_replayed(monkeypatch):
     )
 
 
-def test_without_the_flag_or_with_images_on_the_host_nothing_is_captured(capsys):
-    data = SimpleNamespace(images=torch.empty(1))
+def test_where_nothing_is_captured(monkeypatch):
+    """With images in host memory or on MPS, with --no-cuda-graph, under torchrun."""
+    args = SimpleNamespace(cuda_graph=True)
+    for device in ("cpu", "mps"):
+        data = SimpleNamespace(images=SimpleNamespace(device=torch.device(device)))
+        assert runs.cuda_graph(args, data, len) is len
+
+    data = SimpleNamespace(images=torch.empty(1, device="meta"))
     assert runs.cuda_graph(SimpleNamespace(cuda_graph=False), data, len) is len
-    assert runs.cuda_graph(SimpleNamespace(cuda_graph=True), data, len) is len
-    assert "warning: --cuda-graph has no effect" in capsys.readouterr().err
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    assert runs.cuda_graph(args, data, len) is len
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -493,22 +502,25 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @needs_cuda
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_graphed_and_eager_runs_agree(name):
-    """Also where a graphed run continues an eager one."""
+def test_graphed_and_eager_runs_agree(name, monkeypatch):
+    """Also where a graphed run continues an eager one. By default, cuDNN rounds anew each time; in
+    r3gan.py, eager runs differ a little even so."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     flags = ["--log-every", 1, "--save-every", 10]
-    train(name, "eager", "--steps", 20, *flags, device="cuda")
-    train(name, "graphed", "--steps", 20, *flags, "--cuda-graph", device="cuda")
-    train(name, "both", "--steps", 10, *flags, device="cuda")
-    train(name, "both", "--steps", 20, *flags, "--resume", "--cuda-graph", device="cuda")
+    train(name, "eager", "--steps", 20, *flags, "--no-cuda-graph", device="cuda")
+    train(name, "graphed", "--steps", 20, *flags, device="cuda")
+    train(name, "both", "--steps", 10, *flags, "--no-cuda-graph", device="cuda")
+    train(name, "both", "--steps", 20, *flags, "--resume", device="cuda")
+    tolerance = 2e-3 if name == "r3gan" else 1e-4
     for other in ("graphed", "both"):
         for a, b in zip(log_rows("eager"), log_rows(other), strict=True):
-            assert a == pytest.approx(b, rel=2e-3, abs=2e-3)
+            assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
 
 
 @needs_cuda
 def test_resume_across_devices():
     train("dcgan", "run", "--steps", 5)
-    train("dcgan", "run", "--steps", 10, "--resume", "--cuda-graph", device="cuda")
+    train("dcgan", "run", "--steps", 10, "--resume", device="cuda")
     train("dcgan", "run", "--steps", 15, "--resume")
     assert checkpoint("run")["step"] == 15
 

@@ -228,7 +228,8 @@ def test_test_images_are_never_in_training(tmp_path):
     train_images = {image.numpy().tobytes() for image in run.data.images}
     assert run.data.number == len(run.data.images) == 36
 
-    args = ssgan.parse_args(["--dataset", str(tmp_path / "images"), "--image-size", "16"])
+    folder = str(tmp_path / "images")
+    args = ssgan.parse_args(["--dataset", folder, "--image-size", "16", "--device", "cpu"])
     data, images, labels = ssgan.split(args, common.load_data(args))
     assert len(images) == len(labels) == 4
     assert not train_images & {image.numpy().tobytes() for image in images}
@@ -239,7 +240,7 @@ def test_test_images_are_never_in_training(tmp_path):
     write_mnist(tmp_path, n=20, folder="other", seed=1)
     test_images = "raw/t10k-images-idx3-ubyte"
     (tmp_path / "other" / test_images).replace(tmp_path / "MNIST" / test_images)
-    args = ssgan.parse_args(["--data-dir", str(tmp_path)])
+    args = ssgan.parse_args(["--data-dir", str(tmp_path), "--device", "cpu"])
     data, images, labels = ssgan.split(args, common.load_data(args))
     assert data.number == 20 and len(images) == 20 and images.dtype == torch.uint8
     expected = common.load_torchvision("mnist", str(tmp_path), train=False)

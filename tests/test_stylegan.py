@@ -19,7 +19,6 @@ from helpers import (
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, leaky_relu
 
-import runs
 import stylegan
 
 
@@ -254,15 +253,6 @@ def test_truncation_is_for_generate_alone():
     assert np.abs(image.permute(1, 2, 0).numpy() - mean[0]).max() <= 1
     train("stylegan", "other", "--stage-steps", 2, "--steps", 8, "--lr", 0.05, "--truncation", 0.5)
     assert same(checkpoint("other")["state"]["G"], checkpoint("run")["state"]["G"])
-
-
-def test_cuda_graphs_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(runs, "check_writable", lambda p, folder: None)
-    with pytest.raises(SystemExit):
-        stylegan.parse_args(["--cuda-graph", "--device", "cuda"])
-    assert "--cuda-graph cannot be used here" in capsys.readouterr().err
 
 
 def test_learns_one_picture_through_all_stages():

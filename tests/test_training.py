@@ -276,7 +276,7 @@ PUBLISHED = {  # lr, beta1, beta2, n_critic, batch_size, variant flags
     "progan": (1e-3, 0.0, 0.99, 1, 16, {"gp_weight": 10, "gamma": 750}),
     "stylegan2": (2.5e-3, 0.0, 0.99, 1, 64, {"r1": 0.01}),
     "stylegan": (1e-3, 0.0, 0.99, 1, 64, {"r1": 10, "z_dim": 512, "width": 512}),
-    "r3gan": (2e-4, 0.0, 0.9, 1, 512, {"lr_end": 5e-5, "beta2_end": 0.99, "gamma": 0.05}),
+    "r3gan": (2e-4, 0.0, 0.9, 1, 64, {"lr_end": 5e-5, "beta2_end": 0.99, "gamma": 0.05}),
     "stacked_gan": (1e-4, 0.5, 0.999, 1, 100, {"entropy_weight": 10, "n_gen": 1, "z_dim": 50}),
 }
 

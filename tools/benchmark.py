@@ -157,7 +157,7 @@ def main(argv=None):
     p.add_argument("--sizes", type=int, choices=common.IMAGE_SIZES, nargs="+", default=[32, 64])
     p.add_argument("--rounds", type=runs.positive_int, default=5)
     p.add_argument("--seconds", type=runs.positive_float, default=3.0, help="of a way in a round")
-    p.add_argument("--cuda-graph", action="store_true")
+    p.add_argument("--no-cuda-graph", action="store_true")
     args = p.parse_args(argv)
     if unknown := set(args.scripts) - set(NAMES):
         p.error(f"no such script: {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
@@ -177,8 +177,8 @@ def main(argv=None):
             argv += ["--out-dir", str(Path(out, "run")), "--device", args.device]
             argv += ["--image-size", str(size), "--steps", str(10**9)]
             argv += ["--log-every", "5", "--save-every", str(10**8)]
-            if args.cuda_graph:
-                argv += ["--cuda-graph"]
+            if args.no_cuda_graph:
+                argv += ["--no-cuda-graph"]
             seconds, images = measure(name, argv, args.rounds, args.seconds)
         ours, usual, updates = (seconds[way] for way in ("ours", "usual", "updates"))
         print(

@@ -97,10 +97,6 @@ REPLACEMENTS = [
     ("runs.fraction", "float"),
     ("choices=common.IMAGE_SIZES", "choices=[16, 32, 64, 128]"),
     ("at least 2 per process", "at least 2"),
-    (
-        "    args = runs.parse_args(p, argv)\n    return args\n",
-        "    return runs.parse_args(p, argv)\n",
-    ),
     ("    return runs.parse_args(p, argv)\n", FLAGS + "    return p.parse_args(argv)\n"),
     ("    args = runs.parse_args(p, argv)\n", FLAGS + "    args = p.parse_args(argv)\n"),
     # Data.
@@ -126,10 +122,7 @@ CUTS = [
     ("    if args.label is not None and", "    return args\n"),
     ("def class_number(", "def main("),
     ('    p.add_argument(\n        "--truncation"', "    return runs.parse_args("),
-    ('    p.add_argument(\n        "--truncation"', "    args = runs.parse_args("),
     ("- The mean of w for --truncation", "\n"),
-    # The refusal of --cuda-graph by progan.py and stylegan.py.
-    ("    if args.cuda_graph:", "    return args\n"),
     # The check of the classes by cgan.py and stacked_gan.py.
     ("    if n_classes == 0:", "\n    # Networks"),
     # Images for --generate, and the start of a run.
