@@ -511,7 +511,7 @@ def test_graphed_and_eager_runs_agree(name, monkeypatch):
     train(name, "graphed", "--steps", 20, *flags, device="cuda")
     train(name, "both", "--steps", 10, *flags, "--no-cuda-graph", device="cuda")
     train(name, "both", "--steps", 20, *flags, "--resume", device="cuda")
-    tolerance = 2e-3 if name == "r3gan" else 1e-4
+    tolerance = 2e-2 if name == "r3gan" else 1e-4
     for other in ("graphed", "both"):
         for a, b in zip(log_rows("eager"), log_rows(other), strict=True):
             assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
