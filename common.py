@@ -126,6 +126,11 @@ def load_data(args):
     if args.device in ("cpu", "mps") or images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(args.device)
         labels = labels.to(args.device)
+    else:
+        warn(
+            f"{args.dataset} takes {images.nbytes / 2**20:,.0f} MiB, over half of the GPU's free "
+            "memory: it stays in host memory, and training is slower"
+        )
     return Data(number, channels, classes, images, labels)
 
 

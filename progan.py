@@ -29,7 +29,7 @@ Theano version, github.com/tkarras/progressive_growing_of_gans, commit 18d4116).
 - The first layer of G has a bias for each pixel, not one for each channel.
 - From 64x64 on, layers have half as many channels as theirs.
 
-The networks grow, which one CUDA graph cannot follow, so that none is used. With --init,
+The networks grow, which one CUDA graph cannot follow, so none is used. With --init,
 --stage-steps 0 goes on with the whole networks.
 
 In short runs with a width of 16, --gamma 1 scored better than the authors' 750

@@ -20,7 +20,7 @@ Deviations from it:
 - The batch size is the same at all sizes. Theirs is 128 up to 16x16.
 - D is updated before G, on other fakes. The average of G moves after both.
 
-The networks grow, which one CUDA graph cannot follow, so that none is used. With --init,
+The networks grow, which one CUDA graph cannot follow, so none is used. With --init,
 --stage-steps 0 goes on with the whole networks.
 
 A small run on MNIST, which docs/results.md has with 18,000 steps:

@@ -14,7 +14,7 @@ tqdm.monitor_interval = 0
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """No test gets the TF32 of one before it, which trained on CUDA."""
+    """A test that trains on CUDA switches TF32 on, which must not reach the tests after it."""
     torch.set_float32_matmul_precision("highest")
 
 

@@ -297,6 +297,16 @@ def test_the_first_line_names_the_folder_the_device_and_the_data(capsys, monkeyp
     assert common.device_name("cuda:1") == "cuda:1 (name of cuda:1)"
 
 
+def test_images_that_do_not_fit_on_the_gpu_stay_in_host_memory(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 20_000 * 16 * 16, 0))
+    monkeypatch.setattr(common, "device_name", lambda device: device)
+    args = SimpleNamespace(dataset="digits", image_size=16, seed=0, generate=None, out_dir="run")
+    args.device = "cuda"
+    assert common.load_data(args).images.device.type == "cpu"
+    message = "warning: digits takes 5 MiB, over half of the GPU's free memory"
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_minibatches(device):
     """Images in [-1, 1] with their own labels, drawn uniformly with replacement, anew each time."""

@@ -501,7 +501,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"progan", "stylegan"}))
 def test_graphed_and_eager_runs_agree(name, monkeypatch):
     """Also where a graphed run continues an eager one. By default, cuDNN rounds anew each time; in
     r3gan.py, eager runs differ a little even so."""
