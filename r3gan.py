@@ -82,9 +82,40 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------- networks
 
 
+class ConvInGroups(torch.autograd.Function):
+    """nn.functional.conv2d of x (N, C, S, S), for the gradient penalties. PyTorch takes the second
+    derivative of its own by a loop over the groups, and hundreds of them are slow on a GPU. Here
+    the gradient of x is a transposed convolution, whose derivative needs no loop."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):
+        ctx.save_for_backward(x, weight)
+        groups = x.shape[1] // weight.shape[1]
+        ctx.settings = {"stride": stride, "padding": padding, "groups": groups}
+        return nn.functional.conv2d(x, weight, **ctx.settings)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = nn.functional.conv_transpose2d(grad, weight, **ctx.settings)
+        if ctx.needs_input_grad[1]:
+            grad_weight = nn.grad.conv2d_weight(x, weight.shape, grad, **ctx.settings)
+        return grad_x, grad_weight, None, None
+
+
+class GroupedConv(nn.Conv2d):
+    """nn.Conv2d without bias, by ConvInGroups."""
+
+    def forward(self, x):
+        return ConvInGroups.apply(x, self.weight, self.stride, self.padding)
+
+
 def conv(n_in, n_out, kernel_size, gain=1.0, groups=1):
     """A convolution without bias, which keeps the size; its weights are N(0, gain^2 / fan_in)."""
-    layer = nn.Conv2d(n_in, n_out, kernel_size, padding=kernel_size // 2, groups=groups, bias=False)
+    kind = nn.Conv2d if groups == 1 else GroupedConv
+    layer = kind(n_in, n_out, kernel_size, padding=kernel_size // 2, groups=groups, bias=False)
     nn.init.normal_(layer.weight, 0.0, gain / layer.weight[0].numel() ** 0.5)
     return layer
 
@@ -140,7 +171,7 @@ class Resample(nn.Module):
         kernel = self.kernel.expand(n_channels, 1, 4, 4)
         if self.up:
             return nn.functional.conv_transpose2d(x, kernel, stride=2, padding=1, groups=n_channels)
-        return nn.functional.conv2d(x, kernel, stride=2, padding=1, groups=n_channels)
+        return ConvInGroups.apply(x, kernel, 2, 1)
 
 
 class Generator(nn.Module):
@@ -188,7 +219,7 @@ class Discriminator(nn.Module):
             layers += [Resample(up=False), Block(width, 2 * n_sizes), Block(width, 2 * n_sizes)]
 
         # 768 x 1x1: one weight for each channel and pixel
-        last = nn.Conv2d(width, width, 4, groups=width, bias=False)
+        last = GroupedConv(width, width, 4, groups=width, bias=False)
         nn.init.normal_(last.weight, 0.0, 1 / 4)
         self.net = nn.Sequential(*layers, last, nn.Flatten())
         self.linear = nn.Linear(width, 1, bias=False)

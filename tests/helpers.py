@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import CIFAR10
 
 import common
@@ -132,6 +133,18 @@ def first_image(run, step):
     """The first image of a grid, as (3, 16, 16) in [-1, 1]. The grid has it 4 times as large."""
     grid = torch.from_numpy(np.array(Image.open(Path(run, "samples", f"{step:06}.png"))))
     return grid[8:72:4, 8:72:4].permute(2, 0, 1) / 127.5 - 1
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions that are computed within it, those of derivatives included."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "convolution" in str(function)
+        return function(*args, **(kwargs or {}))
 
 
 def log_rows(run):

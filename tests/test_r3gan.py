@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    Convolutions,
     checkpoint,
     log_rows,
     open_script,
@@ -17,6 +18,7 @@ from helpers import (
     same,
     train,
 )
+from torch import nn
 
 import r3gan
 import runs
@@ -103,6 +105,29 @@ def test_resampling_keeps_a_constant_and_has_the_filter():
     dot[0, 0, 4, 4] = 1
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
     assert torch.allclose(up(dot)[0, 0, 7:11, 7:11], taps[:, None] * taps)
+
+
+@pytest.mark.parametrize(
+    "groups, size, stride, padding", [(2, 3, 1, 1), (4, 4, 2, 1), (4, 4, 1, 0)]
+)
+def test_convolution_in_groups_and_its_derivatives(groups, size, stride, padding):
+    x = torch.randn(2, 4, 4, 4, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(4, 4 // groups, size, size, dtype=torch.double, requires_grad=True)
+    expected = nn.functional.conv2d(x, weight, None, stride, padding, groups=groups)
+    inputs = (x, weight, stride, padding)
+    assert torch.equal(r3gan.ConvInGroups.apply(*inputs), expected)
+    assert torch.autograd.gradcheck(r3gan.ConvInGroups.apply, inputs)
+    assert torch.autograd.gradgradcheck(r3gan.ConvInGroups.apply, inputs)
+
+
+def test_the_penalty_needs_no_more_convolutions_in_a_wider_d():
+    counts = []
+    for width in (16, 64):
+        _, D = networks(width)
+        with Convolutions() as convolutions:
+            r3gan.gradient_penalty(D, torch.randn(2, 3, 16, 16)).backward()
+        counts.append(convolutions.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_both_penalties_at_every_step(monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    Convolutions,
     checkpoint,
     first_image,
     images_in,
@@ -68,6 +69,23 @@ def test_a_layer_by_hand():
     style = w @ layer.affine.weight.T / 6**0.5 + layer.affine.bias
     scale, shift = style[:, :7, None, None], style[:, 7:, None, None]
     assert torch.allclose(layer(x, w), (scale + 1) * y + shift, atol=1e-5)
+
+
+def test_the_derivatives_of_a_blur():
+    blur = stylegan.Blur().double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(blur, x)
+    assert torch.autograd.gradgradcheck(blur, x)
+
+
+def test_r1_needs_no_more_convolutions_in_a_wider_d():
+    counts = []
+    for width in (4, 16):
+        _, D = networks(width)
+        with Convolutions() as convolutions:
+            stylegan.r1_penalty(lambda x, D=D: D(x, 2, 1.0), torch.randn(2, 3, 16, 16)).backward()
+        counts.append(convolutions.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_the_style_sets_mean_and_scale():
