@@ -496,10 +496,12 @@ def save_grid(args, step, images, columns=None):
         columns = math.isqrt(len(images))
     grid = torchvision.utils.make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
     factor = math.ceil(512 / max(grid.shape[1:]))
-    enlarged = F.interpolate(grid[None], scale_factor=factor)
+    enlarged = F.interpolate(grid[None], scale_factor=factor)[0]
+    pixels = enlarged.mul(255).round().byte().cpu()
     file = Path(args.out_dir, "samples", f"{step:06d}.png")
     file.parent.mkdir(parents=True, exist_ok=True)
-    torchvision.utils.save_image(enlarged, file)
+    # Level 6, the usual one, takes about four times as long for a file that is hardly smaller
+    TF.to_pil_image(pixels).save(file, compress_level=3)
     if args.tensorboard:
         summary_writer(args.out_dir).add_image("samples", grid, step)
 
