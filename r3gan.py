@@ -84,8 +84,8 @@ def parse_args(argv=None):
 
 class ConvInGroups(torch.autograd.Function):
     """nn.functional.conv2d of x (N, C, S, S), for the gradient penalties. PyTorch takes the second
-    derivative of its own by a loop over the groups, and hundreds of them are slow on a GPU. Here
-    the gradient of x is a transposed convolution, whose derivative needs no loop."""
+    derivative of conv2d by a loop over the groups, which is slow on a GPU with hundreds of them.
+    Here the gradient of x is a transposed convolution, whose derivative needs no loop."""
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
@@ -171,7 +171,7 @@ class Resample(nn.Module):
         kernel = self.kernel.expand(n_channels, 1, 4, 4)
         if self.up:
             return nn.functional.conv_transpose2d(x, kernel, stride=2, padding=1, groups=n_channels)
-        return ConvInGroups.apply(x, kernel, 2, 1)
+        return ConvInGroups.apply(x, kernel, 2, 1)  # stride 2, padding 1
 
 
 class Generator(nn.Module):
