@@ -500,7 +500,7 @@ def save_grid(args, step, images, columns=None):
     pixels = enlarged.mul(255).round().byte().cpu()
     file = Path(args.out_dir, "samples", f"{step:06d}.png")
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Level 6, the usual one, takes about four times as long for a file that is hardly smaller
+    # Level 6, the usual one, takes about four times as long for a file that is hardly smaller.
     TF.to_pil_image(pixels).save(file, compress_level=3)
     if args.tensorboard:
         summary_writer(args.out_dir).add_image("samples", grid, step)
