@@ -153,10 +153,10 @@ def device(text):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each flag that has one, and keeps the line breaks of the epilog."""
+    """Shows each flag's default, except of switches, and keeps the line breaks of the epilog."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default == []:
+        if action.default is None or isinstance(action.default, bool) or action.default == []:
             return action.help
         return super()._get_help_string(action)
 

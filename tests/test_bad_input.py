@@ -431,5 +431,5 @@ def test_help_shows_the_defaults(capsys):
     out = " ".join(capsys.readouterr().out.split())
     for default in ["64", "5e-05", "0.99", "0.01", "mnist", "20000"]:
         assert f"(default: {default})" in out
-    assert "None" not in out and "False" not in out
+    assert "None" not in out and "False" not in out and "True" not in out
     assert "example: python wgan.py " in out
