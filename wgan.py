@@ -18,7 +18,7 @@ Deviation from both: images are 32x32 by default instead of 64x64.
 
 The run on MNIST in docs/results.md:
 
-    python wgan.py --width 16 --lr 5e-4 --clip 0.03 --n-critic 1 --steps 20000
+    python wgan.py --width 32 --z-dim 32 --lr 5e-4 --clip 0.03 --n-critic 1 --steps 8000
 """
 
 from argparse import ArgumentParser
