@@ -74,7 +74,8 @@ def rank():
 
 
 def started_by_torchrun():
-    """Whether torchrun has started this process. A cluster may set RANK and WORLD_SIZE as well."""
+    """Whether torchrun has started this process. RANK and WORLD_SIZE do not prove it: clusters may
+    set them, too."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
@@ -93,8 +94,9 @@ class Data:
 
 
 def load_data(args):
-    """The dataset `args.dataset` as Data: on `args.device` if half of its free memory is enough,
-    else in host memory. Exits with an error if it is missing, damaged or empty."""
+    """The dataset `args.dataset` as Data, on `args.device`. If it would take more than half of a
+    GPU's free memory, it stays in host memory. Exits with an error if it is missing, damaged or
+    empty."""
     if args.generate:
         # runs.parse_args has found and checked this checkpoint.
         file = Path(args.out_dir, "checkpoint.pt")
@@ -515,9 +517,9 @@ def summary_writer(folder):
 
 
 def generate(args, draw, labels=None):
-    """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`, or to
-    generated-2/, generated-3/, ... if those exist. `draw(n)` returns n images (n, C, S, S) in
-    [-1, 1].
+    """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`. If
+    that folder exists, they go to generated-2/ or the next free number. `draw(n)` returns n images
+    (n, C, S, S) in [-1, 1].
 
     With `labels`, int64 (`args.generate`,), `draw(n, y)` returns n images of the classes y,
     (n,), and the file names have the class: 000003_class7.png.

@@ -61,7 +61,7 @@ def whole_number(text):
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
     if abs(value) >= 2**31:
-        raise argparse.ArgumentTypeError(f"must be less than 2^31, not {text}")
+        raise argparse.ArgumentTypeError(f"must be between -2^31 and 2^31, not {text}")
     return value
 
 
@@ -319,7 +319,7 @@ def parse_with_run(p, argv, args, own_defaults, generate_only):
             flag = "--" + name.replace("_", "-")
             p.error(
                 f"{action} cannot change {flag}: the run has {saved_flags[name]}, not {typed}. "
-                f"A new run can start from its networks: --init {checkpoint}"
+                f"To change it, start a new run in another --out-dir."
             )
     if args.resume and saved["step"] >= args.steps:
         p.error(f"{args.out_dir} is already at step {saved['step']}: raise --steps")
@@ -445,12 +445,15 @@ def warn_of_other_classes(before, now):
 
 
 def remove_run(folder):
-    """Deletes the files that a run writes into its folder, by their names, and no others."""
+    """Deletes the files that training writes into `folder`, by their names, and no others: images
+    made by --generate stay, too."""
     for name in ("checkpoint.pt", "args.json", "log.csv"):
         (folder / name).unlink(missing_ok=True)
     for grid in folder.glob("samples/*.png"):
         if re.fullmatch(r"\d{6,}", grid.stem):
             grid.unlink()
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
 
 
 def resume_random_numbers(args, saved):

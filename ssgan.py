@@ -99,14 +99,17 @@ def choose_labelled(args, data):
     n_classes = len(data.classes)
     each = args.labels // n_classes
     if each * n_classes != args.labels:
-        common.fail(f"--labels is {args.labels}, which is not a multiple of {n_classes} classes")
+        common.fail(
+            f"--labels is {args.labels}, but must be a multiple of {n_classes} (the classes)"
+        )
     rng = torch.Generator().manual_seed(args.label_seed)
     order = torch.randperm(data.number, generator=rng).to(data.labels.device)
     chosen = []
     for k in range(n_classes):
         of_class = order[data.labels[order] == k][:each]
         if len(of_class) < each:
-            common.fail(f"{args.dataset} has only {len(of_class)} images of {data.classes[k]}")
+            name = data.classes[k]
+            common.fail(f"--labels needs {each} images of {name}, but there are {len(of_class)}")
         chosen.append(of_class)
     return torch.cat(chosen)
 
@@ -269,7 +272,8 @@ def main(argv=None):
     if not args.generate:
         D.normalise(scaled(data.images[:500]).to(args.device))
 
-    # The average of D's weights, which is tested, and its latest share of wrong test images.
+    # The average of D's weights, and its share of wrong test images: 1 until the first save, which
+    # measures it, as does each later one.
     average = copy.deepcopy(D).eval()
     test_error = torch.ones((), device=args.device)
 

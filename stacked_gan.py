@@ -114,7 +114,7 @@ class Encoder(nn.Module):
         layers = [nn.Conv2d(channels, c, 5), nn.ReLU(), nn.MaxPool2d(2)]
         layers += [nn.Conv2d(c, c, 5), nn.ReLU(), nn.MaxPool2d(2)]
 
-        # 256: before that, each convolution took away 4 pixels, and each pooling halved the size
+        # 256. Each convolution takes away 4 pixels, and each pooling halves the size
         size = ((image_size - 4) // 2 - 4) // 2
         layers += [nn.Flatten(), nn.Linear(c * size**2, 4 * width), nn.ReLU()]
         self.net = nn.Sequential(*layers)
@@ -432,6 +432,8 @@ def main(argv=None):
     zeros = dict.fromkeys(names, torch.zeros((), device=args.device))
 
     # Train: E alone at first, then G and D.
+    if args.steps <= args.encoder_steps:
+        common.warn(f"the first {args.encoder_steps} steps train E alone: G stays untrained")
     update = runs.cuda_graph(args, data, update)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:

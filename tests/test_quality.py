@@ -115,7 +115,7 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
     assert pairs.shape[:2] == (70, 342) and np.array_equal(pairs[:36], pairs[34:]), (
         "copies are found out"
     )
-    with pytest.raises(SystemExit, match="holds 0 images, which is too few"):
+    with pytest.raises(SystemExit, match="holds 0 PNG images, which is too few"):
         scored(tmp_path, tmp_path / "cache", capsys)
     assert not (tmp_path / "cache").exists(), "no classifier is trained for a wrong folder"
     Image.new("L", (64, 64)).save(tmp_path / "good" / "walk.png")

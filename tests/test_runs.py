@@ -241,7 +241,9 @@ def test_overwrite_deletes_the_files_of_the_run_and_no_others(monkeypatch):
     for name in others:
         Path("run", name).parent.mkdir(exist_ok=True)
         Path("run", name).write_text("mine")
+    Path("run/events.out.tfevents.1").touch()
     train("dcgan", "run", "--steps", 20, "--save-every", 10, "--overwrite")
+    assert not Path("run/events.out.tfevents.1").exists()
     for name in others:
         assert Path("run", name).read_text() == "mine"
         Path("run", name).unlink()

@@ -252,7 +252,10 @@ def test_test_images_are_never_in_training(tmp_path):
 
 @pytest.mark.parametrize(
     "labels, message",
-    [(3, "--labels is 3, which is not a multiple of 2 classes"), (100, "images of class")],
+    [
+        (3, "--labels is 3, but must be a multiple of 2 (the classes)"),
+        (100, "--labels needs 50 images of class"),
+    ],
 )
 def test_labels_that_cannot_be_had(labels, message, tmp_path, capsys):
     data = class_folder(tmp_path / "images")

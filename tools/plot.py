@@ -43,7 +43,8 @@ def plot(runs, file):
             ax.plot(steps, values, label=name, linewidth=0.8)
         left.set_ylabel(Path(run).name)
         for ax in (left, right):
-            ax.legend(loc="best")
+            if ax.lines:
+                ax.legend(loc="best")
             ax.grid(alpha=0.3)
     for ax in axes[-1]:
         ax.set_xlabel("step")
@@ -60,6 +61,8 @@ def main(argv=None):
     )
     p.add_argument("--overwrite", action="store_true", help="replace the image file")
     args = p.parse_args(argv)
+    if not Path(args.out).suffix:
+        args.out += ".png"
     if os.path.exists(args.out) and not args.overwrite:
         p.error(f"{args.out} exists: choose another --out, or --overwrite it")
     try:

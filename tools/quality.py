@@ -173,7 +173,7 @@ def read_folder(folder):
     """uint8 (N, C, S, S) of a folder of generated PNGs, and the classes in their names, or None."""
     files = sorted(Path(folder).glob("*.png"))
     if len(files) < 6:
-        common.fail(f"{folder} holds {len(files)} images, which is too few: use --generate")
+        common.fail(f"{folder} holds {len(files)} PNG images, which is too few: use --generate")
 
     images = [np.asarray(Image.open(f)) for f in files]
     if len({image.shape for image in images}) > 1:
@@ -206,7 +206,7 @@ def main(argv=None):
         "--neighbours",
         type=runs.path,
         metavar="FILE",
-        help="write 10 images and their nearest training images here",
+        help="write up to 10 images to FILE, each above its nearest training image",
     )
     args = p.parse_args(argv)
 
@@ -219,8 +219,10 @@ def main(argv=None):
         common.fail(f"{args.folder} has images of {ours}, and {args.dataset} of {theirs}")
 
     if args.neighbours:
-        nearest = torch.cdist(fake[:10].flatten(1).float(), train.flatten(1).float()).argmin(1)
-        save_image(torch.cat([fake[:10], train[nearest]]) / 255, args.neighbours, nrow=10)
+        first = fake[:10]
+        nearest = torch.cdist(first.flatten(1).float(), train.flatten(1).float()).argmin(1)
+        pairs = torch.cat([first, train[nearest]]) / 255
+        save_image(pairs, args.neighbours, nrow=len(first))
 
     net = trained_classifier(
         args.dataset, args.data_dir, args.cache_dir, args.device, args.classifier_steps
