@@ -316,11 +316,14 @@ def parse_with_run(p, argv, args, own_defaults, generate_only):
     for name in sorted(saved_flags.keys() - may_change):
         typed = getattr(args, name)
         if typed != saved_flags[name]:
+            # Networks of another size cannot be loaded into a new run.
+            if name in ("image_size", "width", "z_dim"):
+                advice = "Start a new run in another --out-dir"
+            else:
+                advice = f"A new run can start from its networks: --init {checkpoint}"
             flag = "--" + name.replace("_", "-")
-            p.error(
-                f"{action} cannot change {flag}: the run has {saved_flags[name]}, not {typed}. "
-                f"To change it, start a new run in another --out-dir."
-            )
+            difference = f"the run has {saved_flags[name]}, not {typed}"
+            p.error(f"{action} cannot change {flag}: {difference}. {advice}")
     if args.resume and saved["step"] >= args.steps:
         p.error(f"{args.out_dir} is already at step {saved['step']}: raise --steps")
     return args

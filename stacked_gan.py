@@ -433,7 +433,7 @@ def main(argv=None):
 
     # Train: E alone at first, then G and D.
     if args.steps <= args.encoder_steps:
-        common.warn(f"the first {args.encoder_steps} steps train E alone: G stays untrained")
+        common.say(f"the first {args.encoder_steps} steps train E alone: G stays untrained")
     update = runs.cuda_graph(args, data, update)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:

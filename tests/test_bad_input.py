@@ -241,6 +241,8 @@ def test_resume_names_the_flag_that_differs_and_the_way_that_works(capsys):
     line, code = refused("dcgan", argv, capsys)
     assert code == 2 and "--resume cannot change --lr: the run has 0.0002, not 1e-05. " in line
     assert f"--init {Path('run', 'checkpoint.pt')}" in line
+    argv[-2:] = ["--width", "7"]
+    assert "Start a new run in another --out-dir" in refused("dcgan", argv, capsys)[0]
     line, code = refused(
         "dcgan", ["--out-dir", "run", "--resume", "--steps", "9", "--seed", "1"], capsys
     )
