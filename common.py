@@ -517,9 +517,9 @@ def summary_writer(folder):
 
 
 def generate(args, draw, labels=None):
-    """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`. If
-    that folder exists, they go to generated-2/ or the next free number. `draw(n)` returns n images
-    (n, C, S, S) in [-1, 1].
+    """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`. If that folder
+    exists, they go to generated-2/ or the next free number. `draw(n)` returns n images (n, C, S, S)
+    in [-1, 1].
 
     With `labels`, int64 (`args.generate`,), `draw(n, y)` returns n images of the classes y,
     (n,), and the file names have the class: 000003_class7.png.

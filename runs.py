@@ -61,7 +61,7 @@ def whole_number(text):
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
     if abs(value) >= 2**31:
-        raise argparse.ArgumentTypeError(f"must be between -2^31 and 2^31, not {text}")
+        raise argparse.ArgumentTypeError(f"must be less than 2^31, not {text}")
     return value
 
 
@@ -153,7 +153,7 @@ def device(text):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each flag's default, except of switches, and keeps the line breaks of the epilog."""
+    """Shows the defaults of flags with a value, and keeps the line breaks of the epilog."""
 
     def _get_help_string(self, action):
         if action.default is None or isinstance(action.default, bool) or action.default == []:
@@ -448,8 +448,8 @@ def warn_of_other_classes(before, now):
 
 
 def remove_run(folder):
-    """Deletes the files that training writes into `folder`, by their names, and no others: images
-    made by --generate stay, too."""
+    """Deletes the files that training writes into `folder`, by their names, and no others. Images
+    made by --generate stay."""
     for name in ("checkpoint.pt", "args.json", "log.csv"):
         (folder / name).unlink(missing_ok=True)
     for grid in folder.glob("samples/*.png"):

@@ -99,9 +99,7 @@ def choose_labelled(args, data):
     n_classes = len(data.classes)
     each = args.labels // n_classes
     if each * n_classes != args.labels:
-        common.fail(
-            f"--labels is {args.labels}, but must be a multiple of {n_classes} (the classes)"
-        )
+        common.fail(f"--labels is {args.labels}, but must be a multiple of the {n_classes} classes")
     rng = torch.Generator().manual_seed(args.label_seed)
     order = torch.randperm(data.number, generator=rng).to(data.labels.device)
     chosen = []
@@ -272,8 +270,8 @@ def main(argv=None):
     if not args.generate:
         D.normalise(scaled(data.images[:500]).to(args.device))
 
-    # The average of D's weights, and its share of wrong test images: 1 until the first save, which
-    # measures it, as does each later one.
+    # The average of D's weights, which is tested. Its share of wrong test images is measured at
+    # each save, and is 1 before the first.
     average = copy.deepcopy(D).eval()
     test_error = torch.ones((), device=args.device)
 

@@ -431,9 +431,12 @@ def main(argv=None):
     names += ["loss_label", "loss_feature", "loss_z1", "loss_z0"]
     zeros = dict.fromkeys(names, torch.zeros((), device=args.device))
 
-    # Train: E alone at first, then G and D.
     if args.steps <= args.encoder_steps:
-        common.say(f"the first {args.encoder_steps} steps train E alone: G stays untrained")
+        common.say(
+            f"only E is trained in the first {args.encoder_steps} steps: raise --steps for G"
+        )
+
+    # Train: E alone at first, then G and D.
     update = runs.cuda_graph(args, data, update)
     progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
     for step in progress:

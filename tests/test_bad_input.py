@@ -50,7 +50,7 @@ FLAGS = {
     },
     "--steps 1e3": "argument --steps: must be a whole number, not '1e3'",
     "--seed -1": "argument --seed: must be 0 or more, not -1",
-    "--seed 2147483648": "argument --seed: must be between -2^31 and 2^31, not 2147483648",
+    "--seed 2147483648": "argument --seed: must be less than 2^31, not 2147483648",
     "--lr fast": "argument --lr: must be a number, not 'fast'",
     "--lr 0": "argument --lr: must be above 0, not 0",
     "--lr nan": "argument --lr: must be a finite number, not nan",

@@ -253,7 +253,7 @@ def test_test_images_are_never_in_training(tmp_path):
 @pytest.mark.parametrize(
     "labels, message",
     [
-        (3, "--labels is 3, but must be a multiple of 2 (the classes)"),
+        (3, "--labels is 3, but must be a multiple of the 2 classes"),
         (100, "--labels needs 50 images of class"),
     ],
 )

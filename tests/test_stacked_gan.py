@@ -209,11 +209,14 @@ def test_the_phases(monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [2, 6, 9])
-def test_resume_in_each_phase(stop):
+def test_resume_in_each_phase(stop, capsys):
     """Killed while E learns, while G0 learns from E's features, and in the joint phase."""
     flags = ["--encoder-steps", 4, "--joint-from", 8, "--save-every", 1, "--log-every", 1]
     train("stacked_gan", "whole", *flags, "--steps", 10)
+    capsys.readouterr()
     train("stacked_gan", "parts", *flags, "--steps", stop)
+    warned = "only E is trained in the first 4 steps" in capsys.readouterr().err
+    assert warned == (stop < 4)
     train("stacked_gan", "parts", "--steps", 10, "--resume", small="")
     assert log_rows("parts") == log_rows("whole")
     assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])

@@ -21,10 +21,11 @@ def test_plot_reads_a_log_that_is_being_written_or_was_edited():
         plot.read_log("run")
 
 
-def test_plot_replaces_no_file_unasked(capsys):
+@pytest.mark.parametrize("flags", [[], ["--out", "losses"]])
+def test_plot_replaces_no_file_unasked(flags, capsys):
     Path("losses.png").write_text("mine")
     with pytest.raises(SystemExit):
-        plot.main(["run"])
+        plot.main(["run", *flags])
     assert "losses.png exists: choose another --out, or --overwrite it" in capsys.readouterr().err
     assert Path("losses.png").read_text() == "mine"
 

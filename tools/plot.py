@@ -1,6 +1,6 @@
 """Plots the losses and scores of runs, one row per run.
 
-    python tools/plot.py RUN... [--out FILE]
+    python tools/plot.py RUN... [--out FILE] [--overwrite]
 
 RUN is a run's folder, with its log.csv. Needs matplotlib: pip install matplotlib.
 """
@@ -61,6 +61,7 @@ def main(argv=None):
     )
     p.add_argument("--overwrite", action="store_true", help="replace the image file")
     args = p.parse_args(argv)
+    # Without an ending, matplotlib would add it, and could replace another file.
     if not Path(args.out).suffix:
         args.out += ".png"
     if os.path.exists(args.out) and not args.overwrite:
