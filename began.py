@@ -14,52 +14,41 @@ gamma is the ratio of the two errors, E[D(G(z))] / E[D(x)], that k aims at: a lo
 but less varied images. With at most 1, G can reach it by drawing only what D reconstructs easily,
 such as ones on MNIST. With 2, all ten digits appear, crudely drawn (docs/experiments.md).
 
-Differs from ebgan.py in: the error is absolute, a weight k takes the place of the margin, and there
-is no pulling-away term; the networks have no normalisation. log.csv also has k and M = E[D(x)] +
-|gamma E[D(x)] - E[D(G(z))]|, the paper's measure of convergence.
+Differs from ebgan.py in: the error is absolute, k takes the place of the margin, and there is no
+pulling-away term; the networks have no normalisation. log.csv also has k and M, the paper's measure
+of convergence.
 
-The networks and the betas of Adam are those of github.com/carpedm20/BEGAN-tensorflow. Deviations
-from the paper and that code:
-- The learning rate halves every --halve-every steps, 100,000 as in that code. The paper lowers it
-  when M no longer falls.
-- D and G are updated in turn, on different noise. That code updates them at once, on the same. So k
-  moves by E[D(x)] from before D's update and E[D(G(z))] from after it.
-- The paper's skip connections, which are optional, are left out, as in that code.
+Deviations from the paper (more in docs/papers.md): the learning rate halves every --halve-every
+steps, not when M no longer falls; no skip connections.
 
-The run on MNIST in docs/results.md:
+A run on MNIST, scored in docs/results.md:
 
     python began.py --width 8 --lr 4e-4 --gamma 2 --halve-every 3000 --steps 18000
 """
 
 import math
 from argparse import ArgumentParser
+from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common
 import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(prog="began.py", description=__doc__.splitlines()[0])
+    p = ArgumentParser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=16, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=64, help="dimensions of z")
-    p.add_argument(
-        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
-    )
-    p.add_argument("--lr", type=runs.positive_float, default=1e-4, help="learning rate")
-    p.add_argument("--beta1", type=runs.fraction, default=0.9, help="Adam's beta1")
-    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--width", type=runs.positive_int, default=64, help="base number of channels")
+    p.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    p.add_argument("--beta1", type=float, default=0.9, help="Adam's beta1")
+    p.add_argument("--beta2", type=float, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    p.add_argument(
-        "--gamma", type=runs.positive_float, default=0.5, help="E[D(G(z))] / E[D(x)] to aim at"
-    )
-    p.add_argument(
-        "--lambda-k", type=runs.non_negative_float, default=1e-3, help="how fast k moves"
-    )
+    p.add_argument("--gamma", type=float, default=0.5, help="E[D(G(z))] / E[D(x)] to aim at")
+    p.add_argument("--lambda-k", type=float, default=1e-3, help="how fast k moves")
     p.add_argument(
         "--halve-every",
         type=runs.positive_int,
@@ -69,15 +58,21 @@ def parse_args(argv=None):
     return runs.parse_args(p, argv)
 
 
-# ----------------------------------------------------------------------------------------- networks
+# networks -----------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
     """z (N, z_dim), uniform in [-1, 1) -> images (N, channels, image_size, image_size). G learns to
-    keep them in [-1, 1], where the real ones are: there is no tanh."""
+    keep them in [-1, 1], where the real ones are: there is no tanh.
+
+    Sizes are powers of 2. The comments have the shapes at the default width and size.
+    """
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
+        if image_size not in [16, 32, 64, 128, 256, 512, 1024]:
+            raise ValueError(f"image_size is {image_size}, but must be 16, 32, 64, ... 1024")
+
         layers = decoder(z_dim, width, channels, image_size)
         self.net = nn.Sequential(*layers).apply(init_weights)
 
@@ -93,16 +88,16 @@ class Discriminator(nn.Module):
         super().__init__()
         # 64 x 32x32
         c = width
-        layers = conv(channels, c) + conv(c, c) + conv(c, c)
+        layers = conv_elu(channels, c) + conv_elu(c, c) + conv_elu(c, c)
 
         # 128 x 16x16, 192 x 8x8: with each halving, `width` channels more
         for _ in range(int(math.log2(image_size // 8))):
             layers += [nn.Conv2d(c, c, 3, stride=2, padding=1), nn.ELU()]
-            layers += conv(c, c + width) + conv(c + width, c + width)
+            layers += conv_elu(c, c + width) + conv_elu(c + width, c + width)
             c += width
 
         # The code has as many numbers as z.
-        layers += [nn.Flatten(), nn.Linear(c * 64, z_dim)]
+        layers += [nn.Flatten(), nn.Linear(c * 8 * 8, z_dim)]
         layers += decoder(z_dim, width, channels, image_size)
         self.net = nn.Sequential(*layers).apply(init_weights)
 
@@ -113,19 +108,19 @@ class Discriminator(nn.Module):
 def decoder(z_dim, width, channels, image_size):
     """The layers of G, and of D from its code (N, z_dim) to a reconstruction."""
     # 64 x 8x8
-    layers = [nn.Linear(z_dim, width * 64), nn.Unflatten(1, (width, 8, 8))]
-    layers += conv(width, width) + conv(width, width)
+    layers = [nn.Linear(z_dim, width * 8 * 8), nn.Unflatten(1, (width, 8, 8))]
+    layers += conv_elu(width, width) + conv_elu(width, width)
 
     # 64 x 16x16, 64 x 32x32
     for _ in range(int(math.log2(image_size // 8))):
         layers += [nn.Upsample(scale_factor=2)]  # repeats each pixel
-        layers += conv(width, width) + conv(width, width)
+        layers += conv_elu(width, width) + conv_elu(width, width)
 
     # channels x 32x32
     return [*layers, nn.Conv2d(width, channels, 3, padding=1)]
 
 
-def conv(n_in, n_out):
+def conv_elu(n_in, n_out):
     """A 3x3 convolution that keeps the size, and an ELU."""
     return [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ELU()]
 
@@ -137,7 +132,7 @@ def init_weights(m):
         nn.init.zeros_(m.bias)
 
 
-# ------------------------------------------------------------------------------------------- losses
+# losses -------------------------------------------------------------------------------------------
 
 
 def d_loss(d_real, d_fake, k):
@@ -150,17 +145,7 @@ def g_loss(d_fake):
     return d_fake.mean()
 
 
-@torch.no_grad()
-def move_k(k, l_real, l_fake, gamma, lambda_k):
-    """Moves k towards gamma E[D(x)] = E[D(G(z))], in place, and returns the measure of convergence,
-    M = E[D(x)] + |gamma E[D(x)] - E[D(G(z))]|: section 3.4. `l_real` and `l_fake` are the two
-    means."""
-    balance = gamma * l_real - l_fake
-    k.add_(lambda_k * balance).clamp_(0, 1)
-    return l_real + balance.abs()
-
-
-# ----------------------------------------------------------------------------------------- training
+# training -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -168,95 +153,84 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = common.load_data(args)
 
-    # Networks and optimisers.
+    # Networks, in the layout that is faster for convolutions, and optimisers.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size)
     D = Discriminator(args.z_dim, args.width, data.channels, args.image_size)
     G = G.to(args.device, memory_format=torch.channels_last)
     D = D.to(args.device, memory_format=torch.channels_last)
     betas = (args.beta1, args.beta2)
-    # A CUDA graph reads a learning rate that changes from a tensor.
+    # The learning rate changes, so a CUDA graph needs it as a tensor.
     lr = torch.full((), args.lr, device=args.device)
     opt_G = torch.optim.Adam(G.parameters(), lr=lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=lr, betas=betas, fused=True)
 
-    # The weight of D's loss on generated images. A CUDA graph needs it as a tensor.
+    # The weight of D's loss on generated images, a tensor for the same reason.
     k = torch.zeros((), device=args.device)
 
     def noise(n):
-        """z (n, z_dim), uniform in [-1, 1)."""
+        """n draws of z, uniform in [-1, 1)."""
         return 2 * torch.rand(n, args.z_dim, device=args.device) - 1
 
-    # All grids use the same noise, so they show the same images changing.
-    fixed_z = noise(common.grid_size(args))
-
-    def d_step(x_real):
-        """One update of D: minimise d_loss, with G fixed."""
+    def update():
+        """One step: n_critic updates of D, each on its own minibatch, then one of G; k moves."""
+        # D: minimise d_loss, with G fixed.
         D.requires_grad_(True)
-        with torch.no_grad():
-            x_fake = G(noise(args.batch_size))
-        d_real, d_fake = D(x_real), D(x_fake)
-        loss_D = d_loss(d_real, d_fake, k)
-        opt_D.zero_grad()
-        loss_D.backward()
-        opt_D.step()
-        return loss_D, d_real.mean(), d_fake.mean()
+        for _ in range(args.n_critic):
+            x_real, _ = common.sample_batch(args, data)
+            with torch.no_grad():
+                x_fake = G(noise(args.batch_size))
+            d_real, d_fake = D(x_real), D(x_fake)
+            loss_D = d_loss(d_real, d_fake, k)
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
 
-    def g_step():
-        """One update of G: minimise g_loss, with D fixed."""
+        # G: minimise g_loss, with D fixed.
         D.requires_grad_(False)
-        x_fake = G(noise(args.batch_size))
-        loss_G = g_loss(D(x_fake))
+        loss_G = g_loss(D(G(noise(args.batch_size))))
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
-        return loss_G
 
-    def update():
-        """One step: n_critic updates of D, each on its own minibatch, one of G, then k moves."""
-        for _ in range(args.n_critic):
-            x_real, _ = common.sample_batch(args, data)
-            loss_D, d_real, d_fake = d_step(x_real)
-        loss_G = g_step()
-        M = move_k(k, d_real, loss_G, args.gamma, args.lambda_k)
-        values = {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
-        return {**values, "k": k, "M": M}
+        # k holds gamma E[D(x)] = E[D(G(z))]; M measures convergence (section 3.4).
+        with torch.no_grad():
+            balance = args.gamma * d_real.mean() - loss_G
+            k.add_(args.lambda_k * balance).clamp_(0, 1)
+            M = d_real.mean() + balance.abs()
+        scores = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
+        return {"loss_D": loss_D, "loss_G": loss_G, **scores, "k": k, "M": M}
 
     @torch.no_grad()
     def sample(z):
         """G's images of z."""
         return G(z)
 
-    def draw(n):
-        """n images of new noise, for --generate."""
-        return sample(noise(n))
+    # All grids are of the same noise, so that they show the same images changing.
+    fixed_z = noise(common.grid_size(args))
 
-    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    # The steps that are done: none in a new run, with --resume those of the checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     state["k"] = k
-    first = runs.start_run(args, data, state)
+    done = runs.start_run(args, data, state)
     if args.generate:
-        return common.generate(args, draw)
-    if first == 0:
+        return common.generate(args, lambda n: sample(noise(n)))
+    if done == 0:
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.
     update = runs.cuda_graph(args, data, update)
-    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    progress = runs.steps(args, done)
     for step in progress:
         # The learning rate of this step.
         halvings = (step - 1) // args.halve_every
         for opt in (opt_G, opt_D):
             opt.param_groups[0]["lr"].fill_(args.lr / 2**halvings)
         values = update()
-        save_due = step % args.save_every == 0 or step == args.steps
-
-        # A loss that is not finite stops the run here, before anything is saved.
-        if save_due or step % args.log_every == 0:
-            progress.set_postfix(runs.log(args, step, values), refresh=False)
-        if save_due:
+        if step % args.log_every == 0:
+            progress.set_postfix(runs.log(args, step, values))
+        if step % args.save_every == 0 or step == args.steps:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
-    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -8,67 +8,67 @@ Mirza, Osindero 2014, Conditional Generative Adversarial Nets. https://arxiv.org
 Differs from dcgan.py in: y, one-hot, joined to z in G and to the image as extra channels in D;
 the grid has one class per column (at most 16).
 
-Deviations from the paper:
-- dcgan.py's convolutional networks; the paper's are fully connected, with maxout in D and dropout
-  of 0.5 in both.
-- dcgan.py's loss of G, which does not saturate.
-- Adam; the paper has SGD with momentum and a decaying learning rate, in batches of 100.
-- z is N(0, I), not uniform.
+Deviations from the paper (more in docs/papers.md): dcgan.py's convolutional networks, not fully
+connected ones with maxout and dropout; dcgan.py's loss of G, which does not saturate; Adam, not
+SGD with momentum; z is N(0, I), not uniform.
 
-The run on MNIST in docs/results.md:
+A run on MNIST, scored in docs/results.md:
 
     python cgan.py --width 16 --lr 1e-3 --batch-size 64 --steps 17000
 """
 
 import math
 from argparse import ArgumentParser
+from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common
 import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(prog="cgan.py", description=__doc__.splitlines()[0])
+    p = ArgumentParser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=128, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
-    p.add_argument(
-        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
-    )
-    p.add_argument("--lr", type=runs.positive_float, default=2e-4, help="learning rate")
-    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
-    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--width", type=runs.positive_int, default=64, help="base number of channels")
+    p.add_argument("--lr", type=float, default=2e-4, help="learning rate")
+    p.add_argument("--beta1", type=float, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=float, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    p.add_argument("--label", help="class to --generate, by name or number (default: all in turn)")
-    args = runs.parse_args(p, argv, generate_only=("label",))
-    if args.label is not None and not args.generate:
+    p.add_argument("--label", default="all", help="class to --generate, by name or number")
+    args = runs.parse_args(p, argv)
+    if args.label != "all" and not args.generate:
         p.error("--label goes with --generate")
     return args
 
 
-# ----------------------------------------------------------------------------------------- networks
+# networks -----------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
     """z (N, z_dim), y (N,) -> images (N, channels, image_size, image_size) in [-1, 1] of classes y.
 
-    The comments have the shapes at the default width and size.
+    The comments have the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size, n_classes):
         super().__init__()
-        self.register_buffer("one_hot", torch.eye(n_classes))
+        if image_size not in [16, 32, 64, 128, 256, 512, 1024]:
+            raise ValueError(f"image_size is {image_size}, but must be 16, 32, 64, ... 1024")
+
+        self.n_classes = n_classes
+
+        # c channels at 4x4; each stage halves them and doubles the size.
         c = width * image_size // 8
 
         # 256 x 4x4
         layers = [nn.ConvTranspose2d(z_dim + n_classes, c, 4, bias=False)]
         layers += [nn.BatchNorm2d(c), nn.ReLU()]
 
-        # 128 x 8x8, 64 x 16x16: one more stage each time the size doubles
+        # 128 x 8x8, 64 x 16x16
         while c > width:
             layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c // 2), nn.ReLU()]
@@ -79,7 +79,8 @@ class Generator(nn.Module):
         self.net = nn.Sequential(*layers).apply(init_weights)
 
     def forward(self, z, y):
-        z = torch.cat([z, self.one_hot[y]], 1)
+        y = nn.functional.one_hot(y, self.n_classes)
+        z = torch.cat([z, y], 1)
         return self.net(z[:, :, None, None])
 
 
@@ -89,10 +90,10 @@ class Discriminator(nn.Module):
 
     def __init__(self, width, channels, image_size, n_classes):
         super().__init__()
-        self.register_buffer("one_hot", torch.eye(n_classes))
-        c = width
+        self.n_classes = n_classes
 
-        # 64 x 16x16
+        # 64 x 16x16; each further stage doubles the channels and halves the size.
+        c = width
         layers = [nn.Conv2d(channels + n_classes, c, 4, stride=2, padding=1)]
         layers += [nn.LeakyReLU(0.2)]
 
@@ -107,14 +108,16 @@ class Discriminator(nn.Module):
         self.net = nn.Sequential(*layers).apply(init_weights)
 
     def forward(self, x, y):
-        planes = self.one_hot[y][:, :, None, None].expand(-1, -1, *x.shape[2:])  # one per class
+        # One more channel for each class: 1 everywhere for the image's own, else 0.
+        y = nn.functional.one_hot(y, self.n_classes)
+        planes = y[:, :, None, None].expand(-1, -1, *x.shape[2:])
         return self.net(torch.cat([x, planes], 1)).flatten()
 
 
 def init_weights(m):
     """Weights with mean 0 and standard deviation 0.02 (DCGAN, section 4); gains of batch norm with
     mean 1 and standard deviation 0.02, biases 0 (the authors' code)."""
-    if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(m.weight, 0.0, 0.02)
     if isinstance(m, nn.BatchNorm2d):
         nn.init.normal_(m.weight, 1.0, 0.02)
@@ -122,7 +125,7 @@ def init_weights(m):
         nn.init.zeros_(m.bias)
 
 
-# ------------------------------------------------------------------------------------------- losses
+# losses -------------------------------------------------------------------------------------------
 
 
 def d_loss(d_real, d_fake):
@@ -137,19 +140,7 @@ def g_loss(d_fake):
     return -nn.functional.logsigmoid(d_fake).mean()
 
 
-# ----------------------------------------------------------------------------------------- training
-
-
-def class_number(label, classes):
-    """The number of the class that `label` names, or whose number it is. Exits with an error if
-    there is none."""
-    if label in classes:
-        return classes.index(label)
-    if label.isdecimal() and int(label) < len(classes):
-        return int(label)
-    common.fail(
-        f"--label is {label}: the classes are {common.first_ten(classes)} (0 to {len(classes) - 1})"
-    )
+# training -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -160,7 +151,7 @@ def main(argv=None):
     if n_classes == 0:
         common.fail(f"{args.dataset} has no classes, which cgan.py needs: one subfolder for each")
 
-    # Networks and optimisers.
+    # Networks, in the layout that is faster for convolutions, and optimisers.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size, n_classes)
     D = Discriminator(args.width, data.channels, args.image_size, n_classes)
     G = G.to(args.device, memory_format=torch.channels_last)
@@ -169,41 +160,33 @@ def main(argv=None):
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
-    # All grids use the same noise and classes, so they show the same images changing.
-    rows = math.isqrt(common.grid_size(args))
-    columns = min(n_classes, 2 * rows)
-    fixed_y = torch.arange(columns, device=args.device).repeat(rows)
-    fixed_z = torch.randn(len(fixed_y), args.z_dim, device=args.device)
-
-    def d_step(x_real, y):
-        """One update of D: minimise d_loss, with G fixed."""
-        D.requires_grad_(True)
-        with torch.no_grad():
-            x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device), y)
-        d_real, d_fake = D(x_real, y), D(x_fake, y)
-        loss_D = d_loss(d_real, d_fake)
-        opt_D.zero_grad()
-        loss_D.backward()
-        opt_D.step()
-        return loss_D, d_real.mean(), d_fake.mean()
-
-    def g_step(y):
-        """One update of G: minimise g_loss, with D fixed."""
-        D.requires_grad_(False)
-        x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device), y)
-        loss_G = g_loss(D(x_fake, y))
-        opt_G.zero_grad()
-        loss_G.backward()
-        opt_G.step()
-        return loss_G
+    def noise(n):
+        """n draws of z ~ N(0, I)."""
+        return torch.randn(n, args.z_dim, device=args.device)
 
     def update():
         """One step: n_critic updates of D, each on its own minibatch, then one of G."""
+        # D: minimise d_loss, with G fixed. Real and fake images pass D separately, because batch
+        # norm must not mix them.
+        D.requires_grad_(True)
         for _ in range(args.n_critic):
             x_real, y = common.sample_batch(args, data)
-            loss_D, d_real, d_fake = d_step(x_real, y)
-        loss_G = g_step(y)
-        return {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
+            with torch.no_grad():
+                x_fake = G(noise(args.batch_size), y)
+            d_real, d_fake = D(x_real, y), D(x_fake, y)
+            loss_D = d_loss(d_real, d_fake)
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
+
+        # G: minimise g_loss, with D fixed.
+        D.requires_grad_(False)
+        loss_G = g_loss(D(G(noise(args.batch_size), y), y))
+        opt_G.zero_grad()
+        loss_G.backward()
+        opt_G.step()
+        scores = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
+        return {"loss_D": loss_D, "loss_G": loss_G, **scores}
 
     @torch.no_grad()
     def sample(z, y):
@@ -213,35 +196,34 @@ def main(argv=None):
         G.train()
         return x
 
-    def draw(n, y):
-        """n images of new noise and the classes y, for --generate."""
-        return sample(torch.randn(n, args.z_dim, device=args.device), y)
+    # All grids are of the same noise and classes, so that they show the same images changing: a
+    # column per class, at most 16.
+    rows = math.isqrt(common.grid_size(args))
+    columns = min(n_classes, 2 * rows)
+    fixed_y = torch.arange(columns, device=args.device).repeat(rows)
+    fixed_z = noise(len(fixed_y))
 
-    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    # The steps that are done: none in a new run, with --resume those of the checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
-    first = runs.start_run(args, data, state)
+    done = runs.start_run(args, data, state)
     if args.generate:
         labels = torch.arange(args.generate, device=args.device) % n_classes
-        if args.label is not None:
-            labels.fill_(class_number(args.label, data.classes))
-        return common.generate(args, draw, labels)
-    if first == 0:
+        if args.label != "all":
+            labels.fill_(common.class_number(args.label, data.classes))
+        return common.generate(args, lambda n, y: sample(noise(n), y), labels)
+    if done == 0:
         common.save_grid(args, 0, sample(fixed_z, fixed_y), columns)
 
     # Train.
     update = runs.cuda_graph(args, data, update)
-    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    progress = runs.steps(args, done)
     for step in progress:
         values = update()
-        save_due = step % args.save_every == 0 or step == args.steps
-
-        # A loss that is not finite stops the run here, before anything is saved.
-        if save_due or step % args.log_every == 0:
-            progress.set_postfix(runs.log(args, step, values), refresh=False)
-        if save_due:
+        if step % args.log_every == 0:
+            progress.set_postfix(runs.log(args, step, values))
+        if step % args.save_every == 0 or step == args.steps:
             common.save_grid(args, step, sample(fixed_z, fixed_y), columns)
             runs.save_checkpoint(args, data, step, state)
-    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 Errors that a user can fix end the program with one line on stderr, "error: ...", and exit code 1.
 """
 
-import difflib
 import functools
 import itertools
 import math
 import os
 import sys
-import warnings
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -18,17 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import (
-    Image,
-    ImageDraw,
-    ImageFont,
-    ImageOps,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -38,29 +28,45 @@ TORCHVISION_DATASETS = {
     "cifar10": torchvision.datasets.CIFAR10,
 }
 DATASETS = [*TORCHVISION_DATASETS, "digits"]
-IMAGE_SIZES = [16, 32, 64, 128, 256, 512, 1024]
 DATASET_HELP = "mnist, fashion-mnist, cifar10, digits (needs no download), or a folder of images"
+IMAGE_SIZES = [16, 32, 64, 128, 256, 512, 1024]
 
-# Endings of images that Pillow cannot read, and names of folders that are rarely meant as classes.
-UNSUPPORTED = (".heic", ".heif")
+# The endings of image files, and names of folders that systems make, or that are rarely classes.
+ENDINGS = {*IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".avif", ".heic", ".heif"}
+NO_DATA = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found", "System Volume Information"}
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def fail(message):
     """Exits with code 1 and `message` as one line on stderr."""
-    sys.exit(f"error: {message}")
+    sys.exit(f"error: {printable(message)}")
 
 
 def say(message):
     """Prints `message` as one line on stderr, above a progress bar if there is one: under torchrun,
     once for all processes."""
     if rank() == 0:
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(printable(message), file=sys.stderr)
 
 
 def warn(message):
     """Says `message` as a warning."""
     say(f"warning: {message}")
+
+
+def printable(message):
+    """`message` with its line breaks and control characters, as a file's name may have, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+
+
+def first_ten(names):
+    """The first ten names, separated by commas."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def reason(error):
+    """The kind of an exception and its message, which may have several lines, as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def world_size():
@@ -79,7 +85,7 @@ def started_by_torchrun():
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
-# ------------------------------------------------------------------------------------------ data in
+# data ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -104,7 +110,6 @@ def load_data(args):
         return Data(facts["number"], facts["channels"], facts["classes"])
 
     size = args.image_size
-    left_out = []
     if args.dataset == "digits":
         number = min(20_000, 2**31 // size**2)
         images, labels = draw_digits(number, size, args.seed)
@@ -113,27 +118,23 @@ def load_data(args):
         images, labels, classes = load_torchvision(args.dataset, args.data_dir)
         images = resize(images, size)
     else:
-        images, labels, classes, left_out = load_folder(args.dataset, size)
-
-    number, channels = images.shape[:2]
-    line = f"{args.out_dir} on {device_name(args.device)}: {number:,} images of "
-    line += f"{channels}x{size}x{size} from {args.dataset}"
-    if classes:
-        line += f", {count(classes, 'class', 'classes')}: {first_ten(classes)}"
-    say(line)
-    for message in left_out:
-        warn(message)
+        images, labels, classes = load_folder(args.dataset, size)
 
     # Only CUDA can say how much memory is free; mps shares the host's.
-    if args.device in ("cpu", "mps") or images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        images = images.to(args.device)
-        labels = labels.to(args.device)
-    else:
+    device = args.device
+    if "cuda" in device and images.nbytes > torch.cuda.mem_get_info()[0] / 2:
+        device = "cpu"
         warn(
             f"{args.dataset} takes {images.nbytes / 2**20:,.0f} MiB, over half of the GPU's free "
             "memory: it stays in host memory, and training is slower"
         )
-    return Data(number, channels, classes, images, labels)
+    number, channels = images.shape[:2]
+    line = f"{args.out_dir} on {device_name(args.device)}: {number:,} images of "
+    line += f"{channels}x{size}x{size} from {args.dataset}"
+    if classes:
+        line += f", {len(classes)} classes: {first_ten(classes)}"
+    say(line)
+    return Data(number, channels, classes, images.to(device), labels.to(device))
 
 
 def device_name(device):
@@ -145,30 +146,11 @@ def device_name(device):
     return device
 
 
-def empty_images(number, channels, size):
-    """Memory for images uint8 (number, channels, size, size). Exits with an error if there is not
-    enough of it."""
-    try:
-        return torch.from_numpy(np.empty((number, channels, size, size), np.uint8))
-    except MemoryError:
-        gib = number * channels * size**2 / 2**30
-        fail(
-            f"{number:,} images of {channels}x{size}x{size} need {gib:,.1f} GiB of memory: "
-            "choose a smaller --image-size"
-        )
-
-
 def resize(images, size):
-    """Images uint8 (N, C, S, S) as (N, C, size, size), with antialiasing."""
-    resized = empty_images(*images.shape[:2], size)
-    for part, target in zip(images.split(1000), resized.split(1000), strict=True):
-        target.copy_(TF.resize(part, [size, size], antialias=True))
-    return resized
-
-
-def first_ten(names):
-    """The first ten names, separated by commas."""
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    """Images uint8 (N, C, S, S) as (N, C, size, size), with antialiasing. In parts, which takes
+    less memory."""
+    parts = [TF.resize(part, [size, size], antialias=True) for part in images.split(1000)]
+    return torch.cat(parts)
 
 
 def sample_batch(args, data):
@@ -180,6 +162,17 @@ def sample_batch(args, data):
     x = data.images[index].to(args.device)
     y = data.labels[index].to(args.device)
     return x.float().div(127.5).sub(1), y
+
+
+def class_number(label, classes):
+    """The number of the class that `label` names, or whose number it is where the names are not
+    numbers themselves. Exits with an error if there is none."""
+    if label in classes:
+        return classes.index(label)
+    names_are_numbers = all(name.isdecimal() for name in classes)
+    if label.isdecimal() and int(label) < len(classes) and not names_are_numbers:
+        return int(label)
+    fail(f"--label is {label}: the {len(classes)} classes are {first_ten(classes)}")
 
 
 def draw_digits(n, size, seed):
@@ -221,22 +214,20 @@ def load_torchvision(name, data_dir, train=True):
     """A dataset of torchvision, downloaded into `data_dir` if it is not there: images uint8 (N,
     C, 32, 32), MNIST's 28 pixels with a border of zeros; labels int64 (N,); names of the
     classes. Exits with an error if its files are damaged, or missing and cannot be downloaded."""
-    dataset_class = TORCHVISION_DATASETS[name]
     # Rank 0 alone downloads; the other processes wait, and then find the files.
     if rank() > 0:
         dist.barrier()
     try:
-        dataset = dataset_class(data_dir, train=train, download=True)
-        if world_size() > 1 and rank() == 0:
-            dist.barrier()
+        dataset = TORCHVISION_DATASETS[name](data_dir, train=train, download=True)
         images = torch.as_tensor(dataset.data)
         labels = torch.as_tensor(dataset.targets)
-        if len(images) != len(labels) or labels.max() >= len(dataset.classes):
-            raise ValueError("its labels do not match its images")
-    except MemoryError:
-        raise
+        if len(images) != len(labels):
+            raise ValueError(f"there are {len(images):,} images, but {len(labels):,} labels")
     except Exception as error:  # torchvision's readers assert, index and unpickle
-        fail(what_is_wrong(dataset_class, data_dir, error))
+        advice = "a damaged file is downloaded again once you have deleted it"
+        fail(f"cannot load {name} from {data_dir} ({reason(error)}): {advice}")
+    if world_size() > 1 and rank() == 0:
+        dist.barrier()
 
     if images.ndim == 3:
         images = F.pad(images, (2, 2, 2, 2))[:, None]
@@ -245,146 +236,75 @@ def load_torchvision(name, data_dir, train=True):
     return images, labels, list(dataset.classes)
 
 
-def what_is_wrong(dataset_class, data_dir, error):
-    """Why torchvision could not load a dataset: a file is missing or damaged and could not be
-    downloaded, or else its files cannot be read."""
-    folder = Path(data_dir, getattr(dataset_class, "base_folder", dataset_class.__name__))
-    if isinstance(error, PermissionError):
-        return f"{folder} cannot be read: {error.strerror}: {error.filename}"
-
-    # The names of the files and, where torchvision knows them, their checksums.
-    if hasattr(dataset_class, "resources"):
-        names = [Path(url).stem for url, _ in dataset_class.resources]
-        checksums = dict.fromkeys([f"raw/{name}" for name in names])
-    else:
-        meta = (dataset_class.meta["filename"], dataset_class.meta["md5"])
-        checksums = dict([*dataset_class.train_list, *dataset_class.test_list, meta])
-    wrong = []
-    for name, checksum in checksums.items():
-        if not (folder / name).exists():
-            wrong.append(f"{name} is missing")
-        elif not check_integrity(folder / name, checksum):
-            wrong.append(f"{name} is damaged")
-
-    # The network error is on the last line of torchvision's message.
-    last_line = (str(error).strip().splitlines() or [""])[-1]
-    if wrong:
-        return f"{folder}: {first_ten(wrong)}, and the download failed ({last_line})"
-    return (
-        f"{folder} cannot be read ({type(error).__name__}: {last_line}), so one of its files is "
-        "damaged: delete the folder to download it again"
-    )
-
-
-def one_line(error):
-    """The kind of an exception and the first line of its message."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+# a folder of images -------------------------------------------------------------------------------
 
 
 def load_folder(folder, size):
     """The images of a folder: uint8 (N, C, size, size), where C is 1 if all are grey, else 3;
-    labels int64 (N,); names of the classes; and messages that say what was left out, and why.
+    labels int64 (N,); names of the classes.
 
     Images are taken from the folder itself or from its subfolders, one per class at any depth,
-    whichever holds more. Classes are numbered in the order of their names; a subfolder without a
-    readable image is not one. Hidden files do not count. Exits with an error if there is nothing to
-    read.
+    whichever holds more. Classes are in the order of their names, or of their numbers if all names
+    are whole numbers. What is left out is said. Exits with an error if there is nothing to read.
     """
     folder = Path(folder)
+    if folder.is_file():
+        fail(f"{folder} is a file: unpack it if it is an archive, and give its folder as --dataset")
     if not folder.is_dir():
-        message = f"there is no folder {folder}. --dataset is {DATASET_HELP}"
-        similar = difflib.get_close_matches(folder.name.lower(), DATASETS, n=1)
-        if similar:
-            message += f". Did you mean {similar[0]}?"
-        fail(message)
-    files, has_classes, messages = find_images(folder)
+        fail(f"there is no folder {folder}. --dataset is {DATASET_HELP}")
+    files, has_classes = find_images(folder)
 
     # Decode them, and keep three channels only if some image is in colour.
-    images, readable, unreadable = decode_images(folder, files, size)
-    if unreadable:
-        messages.append(f"cannot read {count(unreadable, 'image')}: {first_three(unreadable)}")
-    if not readable:
-        fail(f"{folder}: {messages[-1]}")
+    images, readable = decode_images(folder, files, size)
     if all((part == part[:, :1]).all() for part in images.split(1000)):
         images = images[:, :1].contiguous()
+    brightest = int(images.max())
+    if brightest < 64:
+        warn(f"the brightest pixel of {folder} is {brightest} of 255: are these 12-bit images?")
 
-    # Their classes.
+    # Their classes. A subfolder without a readable image is none.
     if not has_classes:
-        return images, torch.zeros(len(images), dtype=torch.int64), [], messages
+        return images, torch.zeros(len(images), dtype=torch.int64), []
     parents = [file.parts[0] for file in readable]
     classes = sorted(set(parents))
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)
     number_of = {name: number for number, name in enumerate(classes)}
     labels = torch.tensor([number_of[parent] for parent in parents])
-    subfolders = [path.name for path in folder.iterdir() if path.is_dir()]
-    empty = [name for name in sorted(subfolders) if name not in classes and name[0] != "."]
-    if empty:
-        names = first_ten(empty)
-        messages.append(f"ignored {count(empty, 'subfolder')} without a readable image: {names}")
-    return images, labels, classes, messages
+    without = sorted({file.parts[0] for file in files} - set(classes))
+    if without:
+        warn(f"{len(without)} subfolders have no readable image: {first_ten(without)}")
+    return images, labels, classes
 
 
 def find_images(folder):
-    """The image files of a folder, relative to it; whether they are in one subfolder per class; and
-    messages that say what is ignored. Exits with an error if there are none."""
+    """The image files of a folder, relative to it, and whether they are in one subfolder per class.
+    Says what is ignored. Exits with an error if there are none."""
     found = files_below(folder)
-    endings = {*Image.registered_extensions(), *UNSUPPORTED}
-    images = [file for file in found if file.suffix.lower() in endings]
-    flat = [file for file in images if len(file.parts) == 1]
-    in_subfolders = [file for file in images if len(file.parts) > 1]
+    images = [file for file in found if file.suffix.lower() in ENDINGS]
+    others = [file.as_posix() for file in found if file.suffix.lower() not in ENDINGS]
+    if not images and others:
+        fail(f"no images found in {folder}, which holds {first_ten(others)}")
     if not images:
         fail(f"no images found in {folder} or its subfolders")
-
-    has_classes = len(in_subfolders) > len(flat)
-    if has_classes:
-        used, unused, where = in_subfolders, flat, "beside the class folders"
-        check_class_folders(folder, used)
-    else:
-        used, unused, where = flat, in_subfolders, "in subfolders"
-
-    messages = []
-    if unused:
-        names = first_ten([file.as_posix() for file in unused])
-        messages.append(f"ignored {count(unused, 'image')} {where}: {names}")
-    others = [file for file in found if file.suffix.lower() not in endings]
     if others:
-        names = first_ten([file.as_posix() for file in others])
-        messages.append(f"ignored {count(others, 'file')} without the ending of an image: {names}")
-    return used, has_classes, messages
+        warn(f"ignored {len(others):,} files that are not images: {first_ten(others)}")
 
+    # Flat, or with classes: whichever holds more.
+    flat = [file for file in images if len(file.parts) == 1]
+    in_subfolders = [file for file in images if len(file.parts) > 1]
+    has_classes = len(in_subfolders) > len(flat)
+    used, unused = flat, in_subfolders
+    if has_classes:
+        used, unused = in_subfolders, flat
+    if unused:
+        where = "beside the class folders" if has_classes else "in subfolders"
+        names = first_ten([file.as_posix() for file in unused])
+        warn(f"ignored {len(unused):,} images {where}: {names}")
 
-def decode_images(folder, files, size):
-    """The images that can be read: uint8 (N, 3, size, size), their N files, and the names of the
-    others with the reason."""
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # for large colour profiles
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    images = empty_images(len(files), 3, size)
-    readable, unreadable = [], []
-    # Threads help, as Pillow releases the interpreter's lock.
-    with ThreadPool() as pool:
-        decoded = pool.imap(lambda file: try_to_decode(folder / file, size), files)
-        for file, result in zip(files, tqdm(decoded, "decoding", len(files), delay=2), strict=True):
-            if isinstance(result, str):
-                unreadable.append(f"{file.as_posix()} ({result})")
-            else:
-                images[len(readable)] = torch.from_numpy(result)
-                readable.append(file)
-    return images[: len(readable)], readable, unreadable
-
-
-def files_below(folder):
-    """All files in a folder and its subfolders, relative to it, in an order that is the same on
-    every system. Hidden ones do not count. Exits with an error if a subfolder cannot be read."""
-
-    def stop(error):
-        fail(f"{error.filename} cannot be read: {error.strerror}")
-
-    files = []
-    for parent, subfolders, names in os.walk(folder, onerror=stop, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        visible = [name for name in names if not name.startswith(".")]
-        files += [Path(parent, name).relative_to(folder) for name in visible]
-    return sorted(files, key=Path.as_posix)
+    if has_classes:
+        check_class_folders(folder, used)
+    return used, has_classes
 
 
 def check_class_folders(folder, files):
@@ -393,53 +313,89 @@ def check_class_folders(folder, files):
     relative to `folder`."""
     subfolders = sorted({file.parts[0] for file in files})
     splits = [name for name in subfolders if name.lower() in SPLITS]
+    splits.sort(key=lambda name: SPLITS.index(name.lower()))
     wrappers = splits
     if len(subfolders) == 1:
         wrappers = subfolders
     for name in wrappers:
-        inside = [file for file in files if file.parts[0] == name]
-        classes = {file.parts[1] for file in inside}
-        if len(classes) > 1 and all(len(file.parts) > 2 for file in inside):
-            fail(f"{folder / name} has {count(classes, 'class folder')}: use it as --dataset")
+        inside = [file.parts[1:] for file in files if file.parts[0] == name]
+        class_folders = {parts[0] for parts in inside if len(parts) > 1}
+        if len(class_folders) > 1 and all(len(parts) > 1 for parts in inside):
+            fail(f"{folder / name} has {len(class_folders)} class folders: use it as --dataset")
     if splits:
         warn(f"{folder}: the subfolders {', '.join(splits)} are treated as classes")
 
 
-def count(items, noun, plural=None):
-    """The number of items with their noun, such as "2 images"."""
-    if len(items) != 1:
-        noun = plural or f"{noun}s"
-    return f"{len(items):,} {noun}"
+def files_below(folder):
+    """The regular files in a folder and its subfolders, relative to it, in an order that is the
+    same on every system. Left out are hidden files, folders of the system (NO_DATA), and folders
+    that hold a run. Links to folders are followed in the first level only, so that none leads in a
+    circle. Warns of subfolders that cannot be read."""
+
+    def is_data(path):
+        is_run = (path / "args.json").exists()
+        return not path.name.startswith(".") and path.name not in NO_DATA and not is_run
+
+    def warn_of(error):
+        warn(f"{error.filename} cannot be read: {error.strerror}")
+
+    files = []
+    for path in folder.iterdir():
+        if path.is_file() and is_data(path):
+            files.append(path)
+        if path.is_dir() and is_data(path):
+            for parent, subfolders, names in os.walk(path, onerror=warn_of):
+                subfolders[:] = [name for name in subfolders if is_data(Path(parent, name))]
+                inside = [Path(parent, name) for name in names if not name.startswith(".")]
+                files += [file for file in inside if file.is_file()]
+    return sorted([file.relative_to(folder) for file in files], key=Path.as_posix)
 
 
-def first_three(names):
-    """The first three names, and how many more there are."""
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+def decode_images(folder, files, size):
+    """The images that can be read, uint8 (N, 3, size, size), and their N files. Warns of the
+    others, with the reason. Exits with an error if there are none."""
 
+    def try_to_decode(file):
+        try:
+            return decode_image(folder / file, size)
+        except Exception as error:  # Pillow's many readers raise many things
+            return reason(error)
 
-def try_to_decode(file, size):
-    """The image as `decode_image` returns it, or a string that says why it cannot be read."""
-    if file.suffix.lower() in UNSUPPORTED:
-        return f"Pillow does not read {file.suffix} files"
-    try:
-        return decode_image(file, size)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        return "not an image that Pillow knows, or damaged"
-    except OSError as error:
-        return error.strerror or str(error)
-    except Exception as error:  # Pillow's many readers raise many things
-        return one_line(error)
+    images = torch.from_numpy(np.empty((len(files), 3, size, size), np.uint8))
+    readable, unreadable, animated = [], [], []
+    # Threads help, as Pillow releases the interpreter's lock.
+    with ThreadPool() as pool:
+        decoded = pool.imap(try_to_decode, files)
+        for file, result in zip(files, tqdm(decoded, "decoding", len(files), delay=2), strict=True):
+            if isinstance(result, str):
+                unreadable.append(f"{file.as_posix()} ({result})")
+                continue
+            pixels, has_frames = result
+            images[len(readable)] = torch.from_numpy(pixels)
+            readable.append(file)
+            if has_frames:
+                animated.append(file.as_posix())
+    if not readable:
+        fail(f"no image of {folder} can be read: {first_ten(unreadable)}")
+    if unreadable:
+        warn(f"cannot read {len(unreadable):,} images: {first_ten(unreadable)}")
+    if animated:
+        names = first_ten(animated)
+        warn(f"{len(animated):,} files have several frames, of which the first is used: {names}")
+    return images[: len(readable)], readable
 
 
 def decode_image(file, size):
-    """The first frame of an image file as uint8 (3, size, size): turned as its EXIF orientation
-    says, with white behind transparent pixels, its middle square resized with antialiasing. Raises
-    what Pillow raises if it cannot read it, and ValueError if the pixels would come out wrong."""
+    """The first frame of an image file as uint8 (3, size, size), and whether there are more: turned
+    as its EXIF orientation says, with white behind transparent pixels, its middle square resized
+    with antialiasing. Raises what Pillow raises if it cannot read it, and ValueError for pixels of
+    32 bits or floats."""
     with Image.open(file) as image:
-        check_pixels(image, file)
+        has_frames = getattr(image, "is_animated", False) and image.format != "MPO"
+
+        # Pillow opens 16-bit PGM files, and in some versions PNG files, as if they had 32 bits.
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):
+            raise ValueError("its pixels are 32-bit or float, whose range is unknown")
 
         # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster.
         image.draft(None, (size, size))
@@ -454,28 +410,10 @@ def decode_image(file, size):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        return np.array(image).transpose(2, 0, 1)
+        return np.array(image).transpose(2, 0, 1), has_frames
 
 
-def check_pixels(image, file):
-    """Raises ValueError for an open image that Pillow would return in another range, inverted or
-    without its orientation."""
-    # Pillow opens 16-bit PGM files, and in some versions PNG files, as if they had 32 bits.
-    has_16_bits = image.mode == "I" and image.format in ("PPM", "PNG")
-    if image.mode in ("I", "F") and not has_16_bits:
-        raise ValueError("pixels are signed 16-bit, 32-bit or float, whose range is unknown")
-    if image.format == "TIFF" and image.mode.startswith("I;16"):
-        (bits,) = image.tag_v2[TiffImagePlugin.BITSPERSAMPLE]
-        if bits != 16:
-            raise ValueError(f"pixels have {bits} bits")
-        if image.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0:
-            raise ValueError("pixels have 16 bits, with 0 for white")
-    # Pillow does not read this box, which may say that the image is turned.
-    if image.format == "JPEG2000" and b"JpgTiffExif->JP2" in Path(file).read_bytes():
-        raise ValueError("JPEG 2000 with EXIF")
-
-
-# ------------------------------------------------------------------------------------- pictures out
+# pictures -----------------------------------------------------------------------------------------
 
 
 def grid_size(args):
@@ -501,7 +439,7 @@ def save_grid(args, step, images, columns=None):
     enlarged = F.interpolate(grid[None], scale_factor=factor)[0]
     pixels = enlarged.mul(255).round().byte().cpu()
     file = Path(args.out_dir, "samples", f"{step:06d}.png")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(exist_ok=True)
     # Level 6, the usual one, takes about four times as long for a file that is hardly smaller.
     TF.to_pil_image(pixels).save(file, compress_level=3)
     if args.tensorboard:

@@ -7,53 +7,48 @@ Goodfellow et al. 2014, Generative Adversarial Networks. https://arxiv.org/abs/1
 
 Read dcgan.py beside it: the same losses, but convolutional networks.
 
-The paper leaves sizes open. Layers, maxout and dropout follow the authors' mnist.yaml
-(github.com/goodfeli/adversarial). Deviations from it:
-- Adam with a learning rate of 1e-3; theirs is SGD with momentum and a learning rate that decays
-  from 0.1.
-- z is N(0, I), not U(-sqrt(3), sqrt(3)).
-- G ends in tanh, not a sigmoid, and D maps its images to [0, 1].
-- D's loss is the sum of both expectations, not half of it.
-- Weights start as N(0, 0.02), not uniform, and G's output biases as 0, not from the pixels' means.
-- Images are 32x32: MNIST's 28x28 images are padded.
-- D and G are updated in turn, as in Algorithm 1, not at once on the same fakes.
+The paper leaves sizes open; layers, maxout and dropout are those of the authors' mnist.yaml.
+Deviations from it (more in docs/papers.md):
+- Adam with a learning rate of 1e-3, not SGD with momentum and a rate that decays from 0.1.
+- z is N(0, I), not uniform. G ends in tanh, and D maps its images back to [0, 1].
 
-The run on MNIST in docs/results.md:
+A run on MNIST, scored in docs/results.md:
 
     python gan.py --width 800 --steps 19000
 """
 
 from argparse import ArgumentParser
+from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common
 import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(prog="gan.py", description=__doc__.splitlines()[0])
+    p = ArgumentParser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=100, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
     p.add_argument("--width", type=runs.positive_int, default=1200, help="units of G's layers")
-    p.add_argument("--lr", type=runs.positive_float, default=1e-3, help="learning rate")
-    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
-    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--lr", type=float, default=1e-3, help="learning rate")
+    p.add_argument("--beta1", type=float, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=float, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    p.add_argument(
-        "--saturating", action="store_true", help="G minimises log(1 - sigmoid(D(G(z))))"
-    )
+    p.add_argument("--saturating", action="store_true", help="G's loss of the paper's eq. 1")
     return runs.parse_args(p, argv)
 
 
-# ----------------------------------------------------------------------------------------- networks
+# networks -----------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
-    """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1]."""
+    """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1].
+
+    The comments have the number of units at the default width and size.
+    """
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
@@ -83,11 +78,11 @@ class Discriminator(nn.Module):
 
     def __init__(self, width, channels, image_size):
         super().__init__()
-        c = max(1, width // 5)  # maxout units: 240 at the default width, as in the authors' code
+        units = max(1, width // 5)  # 240 at the default width, as in the authors' code
         layers = [nn.Flatten(), nn.Dropout(0.2)]  # channels * 32 * 32
-        layers += [Maxout(channels * image_size**2, c), nn.Dropout(0.5)]  # 240
-        layers += [Maxout(c, c), nn.Dropout(0.5)]  # 240
-        layers += [nn.Linear(c, 1)]  # 1
+        layers += [Maxout(channels * image_size**2, units), nn.Dropout(0.5)]  # 240
+        layers += [Maxout(units, units), nn.Dropout(0.5)]  # 240
+        layers += [nn.Linear(units, 1)]  # 1
         self.net = nn.Sequential(*layers).apply(init_weights)
 
     def forward(self, x):
@@ -96,14 +91,13 @@ class Discriminator(nn.Module):
 
 
 def init_weights(m):
-    """Weights with mean 0 and standard deviation 0.02, biases 0. The authors' mnist.yaml has
-    U(-0.05, 0.05) in G and U(-0.005, 0.005) in D."""
+    """Weights with mean 0 and standard deviation 0.02, biases 0."""
     if isinstance(m, nn.Linear):
         nn.init.normal_(m.weight, 0.0, 0.02)
         nn.init.zeros_(m.bias)
 
 
-# ------------------------------------------------------------------------------------------- losses
+# losses -------------------------------------------------------------------------------------------
 
 
 def d_loss(d_real, d_fake):
@@ -114,13 +108,14 @@ def d_loss(d_real, d_fake):
 
 def g_loss(d_fake, saturating=False):
     """-E[log sigmoid(D(G(z)))], from scores (N,): Goodfellow et al. 2014, section 3, the loss that
-    does not saturate. With `saturating`, E[log(1 - sigmoid(D(G(z))))]: G's side of their eq. 1."""
+    does not saturate. With `saturating`, E[log(1 - sigmoid(D(G(z))))]: G's side of eq. 1. Its slope
+    at a score s is -sigmoid(s), which vanishes where D is sure (s very negative)."""
     if saturating:
         return nn.functional.logsigmoid(-d_fake).mean()
     return -nn.functional.logsigmoid(d_fake).mean()
 
 
-# ----------------------------------------------------------------------------------------- training
+# training -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -131,78 +126,65 @@ def main(argv=None):
     # Networks and optimisers.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size)
     D = Discriminator(args.width, data.channels, args.image_size)
-    G = G.to(args.device, memory_format=torch.channels_last)
-    D = D.to(args.device, memory_format=torch.channels_last)
+    G = G.to(args.device)
+    D = D.to(args.device)
     betas = (args.beta1, args.beta2)
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
-    # All grids use the same noise, so they show the same images changing.
-    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
-
-    def d_step(x_real):
-        """One update of D: minimise d_loss, with G fixed."""
-        D.requires_grad_(True)
-        with torch.no_grad():
-            x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-        d_real, d_fake = D(x_real), D(x_fake)
-        loss_D = d_loss(d_real, d_fake)
-        opt_D.zero_grad()
-        loss_D.backward()
-        opt_D.step()
-        return loss_D, d_real.mean(), d_fake.mean()
-
-    def g_step():
-        """One update of G: minimise g_loss, with D fixed."""
-        D.requires_grad_(False)
-        x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-        loss_G = g_loss(D(x_fake), args.saturating)
-        opt_G.zero_grad()
-        loss_G.backward()
-        opt_G.step()
-        return loss_G
+    def noise(n):
+        """n draws of z ~ N(0, I)."""
+        return torch.randn(n, args.z_dim, device=args.device)
 
     def update():
         """One step: n_critic updates of D, each on its own minibatch, then one of G."""
+        # D: minimise d_loss, with G fixed.
+        D.requires_grad_(True)
         for _ in range(args.n_critic):
             x_real, _ = common.sample_batch(args, data)
-            loss_D, d_real, d_fake = d_step(x_real)
-        loss_G = g_step()
-        return {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
+            with torch.no_grad():
+                x_fake = G(noise(args.batch_size))
+            d_real, d_fake = D(x_real), D(x_fake)
+            loss_D = d_loss(d_real, d_fake)
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
+
+        # G: minimise g_loss, with D fixed.
+        D.requires_grad_(False)
+        loss_G = g_loss(D(G(noise(args.batch_size))), args.saturating)
+        opt_G.zero_grad()
+        loss_G.backward()
+        opt_G.step()
+        scores = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
+        return {"loss_D": loss_D, "loss_G": loss_G, **scores}
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z in evaluation mode, in which batch norm uses its running statistics."""
-        x = G.eval()(z)
-        G.train()
-        return x
+        """G's images of z."""
+        return G(z)
 
-    def draw(n):
-        """n images of new noise, for --generate."""
-        return sample(torch.randn(n, args.z_dim, device=args.device))
+    # All grids are of the same noise, so that they show the same images changing.
+    fixed_z = noise(common.grid_size(args))
 
-    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    # The steps that are done: none in a new run, with --resume those of the checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
-    first = runs.start_run(args, data, state)
+    done = runs.start_run(args, data, state)
     if args.generate:
-        return common.generate(args, draw)
-    if first == 0:
+        return common.generate(args, lambda n: sample(noise(n)))
+    if done == 0:
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.
     update = runs.cuda_graph(args, data, update)
-    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    progress = runs.steps(args, done)
     for step in progress:
         values = update()
-        save_due = step % args.save_every == 0 or step == args.steps
-
-        # A loss that is not finite stops the run here, before anything is saved.
-        if save_due or step % args.log_every == 0:
-            progress.set_postfix(runs.log(args, step, values), refresh=False)
-        if save_due:
+        if step % args.log_every == 0:
+            progress.set_postfix(runs.log(args, step, values))
+        if step % args.save_every == 0 or step == args.steps:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
-    runs.finish_run(args)
 
 
 if __name__ == "__main__":

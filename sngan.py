@@ -6,69 +6,58 @@ https://arxiv.org/abs/1802.05957
     D:  min  E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))]
     G:  min  -E[D(G(z))]
 
-Differs from wgan_gp.py in: the hinge loss, the networks of the paper's Table 3, spectral norm on
-each layer of D where the gradient penalty was, N(0, 0.02) in D again, one D update per G update,
-and Adam's settings.
+Differs from wgan_gp.py in: the hinge loss, the networks (Table 3), spectral norm in D where the
+penalty was, one D update per G update, Adam's settings (Table 1, C).
 
-D's widths are those of Table 3; the lab's chainer-gan-lib (github.com/pfnet-research) doubles them
-one layer earlier. The optimiser is setting C of Table 1. The paper's main loss is cross entropy
-(eq. 15); the hinge loss, eqs. 16 and 17, gave its standard CNN the better FID (Table 2).
+Deviations from the paper (more in docs/papers.md): one power iteration per pass of D, not per
+update; batch norm after G's dense layer; no decay of the learning rate.
 
-z is N(0, I), and LReLU's slope 0.1, as in the paper; that code has a uniform z and Chainer's 0.2.
-
-Deviations from the paper:
-- Batch norm and ReLU after G's dense layer too, as in that code, but per channel.
-- One power iteration in each forward pass of D, as in that code; Algorithm 1 has one per update.
-- The authors' sngan_projection (github.com/pfnet-research) also has, for CIFAR-10, a learning rate
-  that falls linearly to 0, twice D's batch for G, and dequantised pixels.
-- Spectral norm bounds D's slope up to a factor: it is that of the weight as a matrix, not of the
-  convolution.
-
-The run on MNIST in docs/results.md:
+A run on MNIST, scored in docs/results.md:
 
     python sngan.py --width 16 --lr 1e-3 --beta1 0 --beta2 0.9 --steps 4800
 """
 
 from argparse import ArgumentParser
+from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common
 import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(prog="sngan.py", description=__doc__.splitlines()[0])
+    p = ArgumentParser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=64, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=128, help="dimensions of z")
-    p.add_argument(
-        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
-    )
-    p.add_argument("--lr", type=runs.positive_float, default=2e-4, help="learning rate")
-    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
-    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--width", type=runs.positive_int, default=64, help="base number of channels")
+    p.add_argument("--lr", type=float, default=2e-4, help="learning rate")
+    p.add_argument("--beta1", type=float, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=float, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
     return runs.parse_args(p, argv)
 
 
-# ----------------------------------------------------------------------------------------- networks
+# networks -----------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1].
 
-    The comments have the shapes at the default width and size.
+    The comments have the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
-        c, s = width * 8, image_size // 8
+        if image_size not in [16, 32, 64, 128, 256, 512, 1024]:
+            raise ValueError(f"image_size is {image_size}, but must be 16, 32, 64, ... 1024")
 
-        # 512 x 4x4
-        layers = [nn.Linear(z_dim, c * s * s, bias=False), nn.Unflatten(1, (c, s, s))]
+        # 512 x 4x4; each stage halves the channels and doubles the size.
+        c = width * 8
+        start = image_size // 8
+        layers = [nn.Linear(z_dim, c * start**2, bias=False), nn.Unflatten(1, (c, start, start))]
         layers += [nn.BatchNorm2d(c), nn.ReLU()]
 
         # 256 x 8x8, 128 x 16x16, 64 x 32x32
@@ -96,23 +85,23 @@ class Discriminator(nn.Module):
         # 64 x 16x16, 128 x 8x8, 256 x 4x4
         c_in = channels
         for c in (width, width * 2, width * 4):
-            layers += [sn(nn.Conv2d(c_in, c, 3, padding=1)), nn.LeakyReLU(0.1)]
-            layers += [sn(nn.Conv2d(c, c, 4, stride=2, padding=1)), nn.LeakyReLU(0.1)]
+            layers += [spectral_norm(nn.Conv2d(c_in, c, 3, padding=1)), nn.LeakyReLU(0.1)]
+            layers += [spectral_norm(nn.Conv2d(c, c, 4, stride=2, padding=1)), nn.LeakyReLU(0.1)]
             c_in = c
 
         # 512 x 4x4, 1
-        layers += [sn(nn.Conv2d(c_in, width * 8, 3, padding=1)), nn.LeakyReLU(0.1)]
-        layers += [nn.Flatten(), sn(nn.Linear(width * 8 * (image_size // 8) ** 2, 1))]
+        layers += [spectral_norm(nn.Conv2d(c_in, width * 8, 3, padding=1)), nn.LeakyReLU(0.1)]
+        layers += [nn.Flatten(), spectral_norm(nn.Linear(width * 8 * (image_size // 8) ** 2, 1))]
         self.net = nn.Sequential(*layers)
 
     def forward(self, x):
         return self.net(x).flatten()
 
 
-def sn(layer):
+def spectral_norm(layer):
     """The layer with its weight divided by an estimate of its largest singular value, by one
-    power iteration per pass: Algorithm 1. Initialised before it is wrapped, as `weight` is computed
-    afterwards, and filling it would do nothing."""
+    power iteration per pass: Algorithm 1."""
+    # First initialise: afterwards `weight` is computed from another tensor.
     layer.apply(init_weights)
     return torch.nn.utils.parametrizations.spectral_norm(layer)
 
@@ -128,12 +117,12 @@ def init_weights(m):
         nn.init.zeros_(m.bias)
 
 
-# ------------------------------------------------------------------------------------------- losses
+# losses -------------------------------------------------------------------------------------------
 
 
 def d_loss(d_real, d_fake):
-    """E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))], from scores (N,): Miyato et al. 2018, eq.
-    16."""
+    """E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))], from scores (N,): Miyato et al. 2018, eq. 16.
+    A real image that scores above 1, or a fake below -1, no longer changes D."""
     return torch.relu(1 - d_real).mean() + torch.relu(1 + d_fake).mean()
 
 
@@ -142,7 +131,7 @@ def g_loss(d_fake):
     return -d_fake.mean()
 
 
-# ----------------------------------------------------------------------------------------- training
+# training -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -150,7 +139,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = common.load_data(args)
 
-    # Networks and optimisers.
+    # Networks, in the layout that is faster for convolutions, and optimisers.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size)
     D = Discriminator(args.width, data.channels, args.image_size)
     G = G.to(args.device, memory_format=torch.channels_last)
@@ -159,38 +148,32 @@ def main(argv=None):
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
-    # All grids use the same noise, so they show the same images changing.
-    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
-
-    def d_step(x_real):
-        """One update of D: minimise d_loss, with G fixed."""
-        D.requires_grad_(True)
-        with torch.no_grad():
-            x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-        d_real, d_fake = D(x_real), D(x_fake)
-        loss_D = d_loss(d_real, d_fake)
-        opt_D.zero_grad()
-        loss_D.backward()
-        opt_D.step()
-        return loss_D, d_real.mean(), d_fake.mean()
-
-    def g_step():
-        """One update of G: minimise g_loss, with D fixed."""
-        D.requires_grad_(False)
-        x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-        loss_G = g_loss(D(x_fake))
-        opt_G.zero_grad()
-        loss_G.backward()
-        opt_G.step()
-        return loss_G
+    def noise(n):
+        """n draws of z ~ N(0, I)."""
+        return torch.randn(n, args.z_dim, device=args.device)
 
     def update():
         """One step: n_critic updates of D, each on its own minibatch, then one of G."""
+        # D: minimise d_loss, with G fixed.
+        D.requires_grad_(True)
         for _ in range(args.n_critic):
             x_real, _ = common.sample_batch(args, data)
-            loss_D, d_real, d_fake = d_step(x_real)
-        loss_G = g_step()
-        return {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
+            with torch.no_grad():
+                x_fake = G(noise(args.batch_size))
+            d_real, d_fake = D(x_real), D(x_fake)
+            loss_D = d_loss(d_real, d_fake)
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
+
+        # G: minimise g_loss, with D fixed.
+        D.requires_grad_(False)
+        loss_G = g_loss(D(G(noise(args.batch_size))))
+        opt_G.zero_grad()
+        loss_G.backward()
+        opt_G.step()
+        scores = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
+        return {"loss_D": loss_D, "loss_G": loss_G, **scores}
 
     @torch.no_grad()
     def sample(z):
@@ -199,32 +182,27 @@ def main(argv=None):
         G.train()
         return x
 
-    def draw(n):
-        """n images of new noise, for --generate."""
-        return sample(torch.randn(n, args.z_dim, device=args.device))
+    # All grids are of the same noise, so that they show the same images changing.
+    fixed_z = noise(common.grid_size(args))
 
-    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    # The steps that are done: none in a new run, with --resume those of the checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
-    first = runs.start_run(args, data, state)
+    done = runs.start_run(args, data, state)
     if args.generate:
-        return common.generate(args, draw)
-    if first == 0:
+        return common.generate(args, lambda n: sample(noise(n)))
+    if done == 0:
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.
     update = runs.cuda_graph(args, data, update)
-    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    progress = runs.steps(args, done)
     for step in progress:
         values = update()
-        save_due = step % args.save_every == 0 or step == args.steps
-
-        # A loss that is not finite stops the run here, before anything is saved.
-        if save_due or step % args.log_every == 0:
-            progress.set_postfix(runs.log(args, step, values), refresh=False)
-        if save_due:
+        if step % args.log_every == 0:
+            progress.set_postfix(runs.log(args, step, values))
+        if step % args.save_every == 0 or step == args.steps:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
-    runs.finish_run(args)
 
 
 if __name__ == "__main__":

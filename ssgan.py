@@ -12,20 +12,13 @@ With s = log sum_k exp(l_k), "real" has the probability sigmoid(s). G matches D'
     G:  min  mean_i (E[f_i(x)] - E[f_i(G(z))])^2        unlabelled images
 
 Differs from gan.py in: D classifies, and learns from a few labelled images as well; it has weight
-norm and noise in place of maxout and dropout, and starts with normalised activations; G matches
-features; the test error is that of an average of D's weights.
+norm and noise in place of maxout and dropout; G matches features; the test error is that of an
+average of D's weights.
 
-The networks are those of the authors' MNIST code (github.com/openai/improved-gan,
-train_mnist_feature_matching.py). Deviations from it, or from the paper:
-- G has two hidden layers, as in that code; the paper says five (docs/experiments.md has both).
-- Images are 32x32: MNIST's 28x28 images are padded.
-- Unlabelled images are drawn with replacement, not in epochs of 600 updates. With more labels than
-  fit in a batch, each batch is a new choice of them; theirs take turns.
-- Batch norm in G has a gain.
-- Adam's epsilon, 1e-4, is added to the root. Theirs, 1e-8, is added inside it.
-- The average moves faster at first; theirs starts at 0 and always moves by 1/10,000 of the way.
+Deviations from the authors' code (more in docs/papers.md): images are 32x32; unlabelled images are
+drawn with replacement, not in epochs; the average moves faster at first.
 
-The runs of 60 epochs in docs/results.md:
+Runs of 60 epochs on MNIST, scored in docs/results.md:
 
     python ssgan.py --labels 100 --steps 36000
 """
@@ -33,32 +26,30 @@ The runs of 60 epochs in docs/results.md:
 import copy
 import math
 from argparse import ArgumentParser
+from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common
 import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(prog="ssgan.py", description=__doc__.splitlines()[0])
+    p = ArgumentParser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=100, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
     p.add_argument("--width", type=runs.positive_int, default=1000, help="units of D's first layer")
-    p.add_argument("--lr", type=runs.positive_float, default=3e-3, help="learning rate")
-    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
-    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--lr", type=float, default=3e-3, help="learning rate")
+    p.add_argument("--beta1", type=float, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=float, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
     p.add_argument("--labels", type=runs.positive_int, default=100, help="labelled images in total")
-    p.add_argument(
-        "--label-seed", type=runs.non_negative_int, default=0, help="which images are labelled"
-    )
+    p.add_argument("--label-seed", type=int, default=0, help="which images are labelled")
     p.add_argument(
         "--unlabelled-weight",
-        type=runs.non_negative_float,
+        type=float,
         default=1.0,
         help="weight of D's loss of unlabelled images and fakes; 0 learns from the labels alone",
     )
@@ -68,10 +59,10 @@ def parse_args(argv=None):
     return args
 
 
-# --------------------------------------------------------------------------------------------- data
+# data ---------------------------------------------------------------------------------------------
 
 
-def split(args, data):
+def hold_out_test(args, data):
     """The training images as Data, and the test images and labels: those of the dataset, or else a
     tenth of its images, which are taken out of the training images. Exits with an error if the
     images have no labels."""
@@ -87,10 +78,8 @@ def split(args, data):
     n = max(1, data.number // 10)
     test, train = order[:n], order[n:]
     images, labels = data.images[test], data.labels[test]
-    data = common.Data(
-        len(train), data.channels, data.classes, data.images[train], data.labels[train]
-    )
-    return data, images, labels
+    kept = data.images[train], data.labels[train]
+    return common.Data(len(train), data.channels, data.classes, *kept), images, labels
 
 
 def choose_labelled(args, data):
@@ -117,7 +106,7 @@ def scaled(images):
     return images.float().div(127.5).sub(1)
 
 
-# ----------------------------------------------------------------------------------------- networks
+# networks -----------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
@@ -129,19 +118,30 @@ class Generator(nn.Module):
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
         c = max(1, width // 2)
-        last = nn.Linear(c, channels * image_size**2)
         layers = [nn.Linear(z_dim, c, bias=False), nn.BatchNorm1d(c), nn.Softplus()]  # 500
         layers += [nn.Linear(c, c, bias=False), nn.BatchNorm1d(c), nn.Softplus()]  # 500
-        layers += [last, nn.Sigmoid()]  # channels * 32 * 32
+        layers += [WeightNormLinear(c, channels * image_size**2, learn_scale=True), nn.Sigmoid()]
         layers += [nn.Unflatten(1, (channels, image_size, image_size))]
         self.net = nn.Sequential(*layers).apply(init_weights)
 
-        # Weight norm, with a scale that starts at 1.
-        nn.utils.parametrizations.weight_norm(last)
-        nn.init.ones_(last.parametrizations.weight.original0)
-
     def forward(self, z):
         return 2 * self.net(z) - 1
+
+
+class WeightNormLinear(nn.Module):
+    """x (N, n_in) -> (N, n_out), with weights scale v / ||v||: Salimans, Kingma 2016, 1602.07868.
+    The scale starts at 1, and is fixed but with `learn_scale`."""
+
+    def __init__(self, n_in, n_out, learn_scale=False):
+        super().__init__()
+        self.v = nn.Parameter(0.1 * torch.randn(n_out, n_in))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+        scale = torch.ones(n_out, 1)
+        self.scale = nn.Parameter(scale) if learn_scale else nn.Buffer(scale)
+
+    def forward(self, x):
+        weight = self.scale * nn.functional.normalize(self.v)
+        return nn.functional.linear(x, weight, self.bias)
 
 
 class Noise(nn.Module):
@@ -170,11 +170,11 @@ class Discriminator(nn.Module):
         layers = [nn.Flatten()]
         n_in, std = channels * image_size**2, 0.3
         for n_out in units:
-            layers += [Noise(std), weight_normed(n_in, n_out), nn.ReLU()]
+            layers += [Noise(std), WeightNormLinear(n_in, n_out), nn.ReLU()]
             n_in, std = n_out, 0.5
         self.hidden = nn.Sequential(*layers)
         self.noise = Noise(0.5)
-        self.last = weight_normed(n_in, n_classes)
+        self.last = WeightNormLinear(n_in, n_classes, learn_scale=True)
 
     def features(self, x):
         return self.hidden((x + 1) / 2)
@@ -182,35 +182,17 @@ class Discriminator(nn.Module):
     def forward(self, x):
         return self.last(self.noise(self.features(x)))
 
-    def trained(self):
-        """The parameters that learn: all but the scales of the hidden layers' weight norm."""
-        fixed = "parametrizations.weight.original0"
-        return [
-            w
-            for name, w in self.named_parameters()
-            if name.startswith("last") or not name.endswith(fixed)
-        ]
-
     @torch.no_grad()
     def normalise(self, x):
         """Scales and shifts each layer so that its outputs of the images x have mean 0 and
         variance 1, before any nonlinearity."""
         h = (x + 1) / 2
         for layer in [*self.hidden, self.noise, self.last]:
-            if isinstance(layer, nn.Linear):
-                out = layer(h)
-                std, mean = torch.std_mean(out, 0, correction=0)
-                layer.parametrizations.weight.original0.div_(std[:, None])
+            if isinstance(layer, WeightNormLinear):
+                std, mean = torch.std_mean(layer(h), 0, correction=0)
+                layer.scale.div_(std[:, None])
                 layer.bias.copy_(-mean / std)
             h = layer(h)
-
-
-def weight_normed(n_in, n_out):
-    """A linear layer with weight norm (Salimans, Kingma 2016, arXiv 1602.07868), from N(0, 0.1)."""
-    layer = nn.Linear(n_in, n_out)
-    nn.init.normal_(layer.weight, 0.0, 0.1)
-    nn.init.zeros_(layer.bias)
-    return nn.utils.parametrizations.weight_norm(layer)
 
 
 def init_weights(m):
@@ -219,9 +201,11 @@ def init_weights(m):
         nn.init.xavier_uniform_(m.weight)
         if m.bias is not None:
             nn.init.zeros_(m.bias)
+    if isinstance(m, WeightNormLinear):
+        nn.init.xavier_uniform_(m.v)
 
 
-# ------------------------------------------------------------------------------------------- losses
+# losses -------------------------------------------------------------------------------------------
 
 
 def d_loss_labelled(logits, y):
@@ -245,7 +229,16 @@ def g_loss(f_real, f_fake):
     return (f_real.mean(0) - f_fake.mean(0)).square().mean()
 
 
-# ----------------------------------------------------------------------------------------- training
+# training -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def move_average(average, network, beta):
+    """average = beta average + (1 - beta) network, for the weights; the buffers are copied."""
+    for a, w in zip(average.parameters(), network.parameters(), strict=True):
+        a.lerp_(w, 1 - beta)
+    for a, b in zip(average.buffers(), network.buffers(), strict=True):
+        a.copy_(b)
 
 
 def main(argv=None):
@@ -253,30 +246,32 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = common.load_data(args)
     if not args.generate:
-        data, test_images, test_labels = split(args, data)
+        data, test_images, test_labels = hold_out_test(args, data)
         labelled = choose_labelled(args, data)
         x_labelled = scaled(data.images[labelled]).to(args.device)
         y_labelled = data.labels[labelled].to(args.device)
 
-    # Networks and optimisers.
+    # Networks and optimisers. The authors add an epsilon of 1e-8 inside Adam's root, which is like
+    # 1e-4 outside of it.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size)
     D = Discriminator(args.width, data.channels, args.image_size, len(data.classes))
-    G = G.to(args.device, memory_format=torch.channels_last)
-    D = D.to(args.device, memory_format=torch.channels_last)
+    G = G.to(args.device)
+    D = D.to(args.device)
     betas = (args.beta1, args.beta2)
-    # The authors add their epsilon of 1e-8 inside Adam's root, which is like 1e-4 outside of it.
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, eps=1e-4, fused=True)
-    opt_D = torch.optim.Adam(D.trained(), lr=args.lr, betas=betas, eps=1e-4, fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, eps=1e-4, fused=True)
+
     if not args.generate:
         D.normalise(scaled(data.images[:500]).to(args.device))
 
-    # The average of D's weights, which is tested. Its share of wrong test images is measured at
-    # each save, and is 1 before the first.
+    # The average of D's weights, which is tested, and its share of wrong test images: measured at
+    # each save, and 1 until then.
     average = copy.deepcopy(D).eval()
     test_error = torch.ones((), device=args.device)
 
-    # All grids use the same noise, so they show the same images changing.
-    fixed_z = torch.rand(common.grid_size(args), args.z_dim, device=args.device)
+    def noise(n):
+        """n draws of z, uniform in [0, 1)."""
+        return torch.rand(n, args.z_dim, device=args.device)
 
     def labelled_batch():
         """All labelled images in random order: repeated in other orders if the batch is larger, cut
@@ -286,47 +281,35 @@ def main(argv=None):
         index = order.flatten()[: args.batch_size]
         return x_labelled[index], y_labelled[index]
 
-    def d_step(x_real):
-        """One update of D: minimise d_loss_labelled + d_loss_unlabelled, with G fixed."""
+    def update():
+        """One step: n_critic updates of D, each on its own minibatch, then one of G."""
+        # D: minimise d_loss_labelled + d_loss_unlabelled, with G fixed.
         D.requires_grad_(True)
-        x, y = labelled_batch()
-        with torch.no_grad():
-            x_fake = G(torch.rand(args.batch_size, args.z_dim, device=args.device))
-        # Weight norm computes the weights once for the three batches.
-        with nn.utils.parametrize.cached():
-            d_real, d_fake, d_labelled = D(x_real), D(x_fake), D(x)
-        loss_D = d_loss_labelled(d_labelled, y)
-        loss_D = loss_D + args.unlabelled_weight * d_loss_unlabelled(d_real, d_fake)
-        opt_D.zero_grad()
-        loss_D.backward()
-        opt_D.step()
-        return loss_D, d_real.logsumexp(1).mean(), d_fake.logsumexp(1).mean()
+        for _ in range(args.n_critic):
+            x, y = labelled_batch()
+            x_real, _ = common.sample_batch(args, data)
+            with torch.no_grad():
+                x_fake = G(noise(args.batch_size))
+            d_labelled, d_real, d_fake = D(x), D(x_real), D(x_fake)
+            loss_unlabelled = d_loss_unlabelled(d_real, d_fake)
+            loss_D = d_loss_labelled(d_labelled, y) + args.unlabelled_weight * loss_unlabelled
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
 
-    def g_step(x_real):
-        """One update of G: minimise g_loss, with D fixed."""
+        # G: minimise g_loss on another minibatch, with D fixed.
         D.requires_grad_(False)
-        x_fake = G(torch.rand(args.batch_size, args.z_dim, device=args.device))
-        with nn.utils.parametrize.cached():
-            f_real, f_fake = D.features(x_real), D.features(x_fake)
+        x_real, _ = common.sample_batch(args, data)
+        f_real, f_fake = D.features(x_real), D.features(G(noise(args.batch_size)))
         loss_G = g_loss(f_real, f_fake)
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
-        return loss_G
 
-    def update():
-        """One step: n_critic updates of D, then one of G, each on its own minibatch."""
-        for _ in range(args.n_critic):
-            x_real, _ = common.sample_batch(args, data)
-            loss_D, d_real, d_fake = d_step(x_real)
-        x_real, _ = common.sample_batch(args, data)
-        loss_G = g_step(x_real)
-        return {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
-
-    def move_average(beta):
-        """average = beta average + (1 - beta) D."""
-        move = torch.optim.swa_utils.get_ema_multi_avg_fn(beta)
-        move(list(average.parameters()), list(D.parameters()), None)
+        # The logits of "this is real".
+        s_real, s_fake = d_real.logsumexp(1), d_fake.logsumexp(1)
+        scores = {"d_real": s_real.mean(), "d_fake": s_fake.mean()}
+        return {"loss_D": loss_D, "loss_G": loss_G, **scores}
 
     @torch.no_grad()
     def errors():
@@ -344,39 +327,34 @@ def main(argv=None):
         G.train()
         return x
 
-    def draw(n):
-        """n images of new noise, for --generate."""
-        return sample(torch.rand(n, args.z_dim, device=args.device))
+    # All grids are of the same noise, so that they show the same images changing.
+    fixed_z = noise(common.grid_size(args))
 
-    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    # The steps that are done: none in a new run, with --resume those of the checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     state.update(average=average, test_error=test_error)
-    first = runs.start_run(args, data, state)
+    done = runs.start_run(args, data, state)
     if args.generate:
-        return common.generate(args, draw)
-    if first == 0:
+        return common.generate(args, lambda n: sample(noise(n)))
+    if done == 0:
+        average.load_state_dict(D.state_dict())  # --init may have replaced D
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.
     update = runs.cuda_graph(args, data, update)
-    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    progress = runs.steps(args, done)
     for step in progress:
         values = update()
         # The authors' 0.9999 is too slow for the first 100,000 steps.
-        move_average(min(0.9999, (step - 1) / (step + 9)))
-        save_due = step % args.save_every == 0 or step == args.steps
-        if save_due:
+        move_average(average, D, min(0.9999, (step - 1) / (step + 9)))
+        if step % args.save_every == 0 or step == args.steps:
             test_error.copy_(errors() / len(test_labels))
-
-        # A loss that is not finite stops the run here, before anything is saved.
-        if save_due or step % args.log_every == 0:
-            values = {**values, "test_error": test_error}
-            progress.set_postfix(runs.log(args, step, values), refresh=False)
-        if save_due:
+        if step % args.log_every == 0:
+            progress.set_postfix(runs.log(args, step, {**values, "test_error": test_error}))
+        if step % args.save_every == 0 or step == args.steps:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
     common.say(f"errors: {int(errors()):,} of {len(test_labels):,} test images")
-    runs.finish_run(args)
 
 
 if __name__ == "__main__":

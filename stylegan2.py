@@ -15,28 +15,21 @@ each size adds to the picture of the size before; D blurs before it halves, and 
 of a batch; demodulation takes the place of batch norm in G, and equalised learning rates replace
 the initialisation; D has the R1 penalty; the images are drawn by an average of G.
 
-This is the configuration in which the authors train CIFAR-10 (`cifar` in train.py of
-github.com/NVlabs/stylegan2-ada-pytorch): without the paper's path length regularisation, style
-mixing and residual connections. Deviations from it:
-- No augmentation, no mixed precision, and none of the clamping that the latter needs.
-- D is updated before G. The penalty has a minibatch of its own, and is added for the first time
-  after 16 updates.
-- The mean of w for --truncation is computed when it is needed, from 10,000 z.
+These are the authors' settings for CIFAR-10: without the paper's path length regularisation, style
+mixing and residual connections. Deviations from them (more in docs/papers.md): no augmentation.
+On MNIST, where G collapses with the default --r1, use --r1 10.
 
-The default of --r1 is theirs for CIFAR-10. On MNIST with a width of 4, G collapses with it, and
-learns with 10 (docs/experiments.md).
+A run on MNIST, scored in docs/results.md:
 
-The two-hour run on CIFAR-10 in docs/experiments.md:
-
-    python stylegan2.py --dataset cifar10 --width 8 --batch-size 16 --steps 106000
+    python stylegan2.py --width-at-64 4 --z-dim 64 --batch-size 16 --r1 10 --steps 12000
 """
 
 import copy
 from argparse import ArgumentParser
+from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common
 import runs
@@ -45,34 +38,30 @@ R1_EVERY = 16  # updates of D between two steps of the penalty
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(prog="stylegan2.py", description=__doc__.splitlines()[0])
+    p = ArgumentParser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=64, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=512, help="dimensions of z and w")
     p.add_argument(
-        "--width",
+        "--width-at-64",
         type=runs.positive_int,
         default=512,
-        help="channels at 64 pixels; twice as many with each halving, up to 512",
+        help="channels at 64x64; twice as many with each halving of the size, up to 512",
     )
-    p.add_argument("--lr", type=runs.positive_float, default=2.5e-3, help="learning rate")
-    p.add_argument("--beta1", type=runs.fraction, default=0.0, help="Adam's beta1")
-    p.add_argument("--beta2", type=runs.fraction, default=0.99, help="Adam's beta2")
-    p.add_argument(
-        "--image-size", type=int, choices=[16, 32, 64, 128, 256], default=32, help="pixels"
-    )
-    p.add_argument(
-        "--r1", type=runs.non_negative_float, default=0.01, help="weight gamma of the R1 penalty"
-    )
+    p.add_argument("--lr", type=float, default=2.5e-3, help="learning rate")
+    p.add_argument("--beta1", type=float, default=0.0, help="Adam's beta1")
+    p.add_argument("--beta2", type=float, default=0.99, help="Adam's beta2")
+    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument("--r1", type=float, default=0.01, help="weight gamma of the R1 penalty")
     p.add_argument(
         "--truncation",
-        type=runs.non_negative_float,
+        type=float,
         default=1.0,
         help="with --generate: factor for w - mean; less than 1 gives safer, less varied images",
     )
-    return runs.parse_args(p, argv, generate_only=("truncation",))
+    return runs.parse_args(p, argv)
 
 
-# ----------------------------------------------------------------------------------------- networks
+# networks -----------------------------------------------------------------------------------------
 
 
 def channels_at(size, width):
@@ -86,24 +75,22 @@ def activate(x):
     return 2**0.5 * nn.functional.leaky_relu(x, 0.2)
 
 
-class Filter(nn.Module):
-    """Blurs each channel of x (N, C, H, W) with the filter [1, 3, 3, 1] / 8 in both directions;
-    `up` doubles H and W. Without a blur, fine detail turns into false patterns (aliasing) when the
-    size changes. A gain of 4 makes up for the zeros that doubling puts in three of four pixels."""
+def blur(x, padding):
+    """x (N, C, S, S), blurred with [1, 3, 3, 1] / 8 in both directions, as three means of 2x2
+    pixels, with `padding` zeros around it. Without a blur, fine detail turns into false patterns
+    (aliasing) when the size changes."""
+    x = nn.functional.pad(x, [padding] * 4)
+    for _ in range(3):
+        x = nn.functional.avg_pool2d(x, 2, stride=1)
+    return x
 
-    def __init__(self, padding=0, gain=1.0, up=False):
-        super().__init__()
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("kernel", gain * taps[:, None] * taps, persistent=False)
-        self.padding = padding
-        self.up = up
 
-    def forward(self, x):
-        n_channels = x.shape[1]
-        kernel = self.kernel.expand(n_channels, 1, 4, 4)
-        if self.up:
-            return nn.functional.conv_transpose2d(x, kernel, stride=2, padding=1, groups=n_channels)
-        return nn.functional.conv2d(x, kernel, padding=self.padding, groups=n_channels)
+def enlarge(image):
+    """A picture (N, C, S, S) at twice its size: each pixel repeated, then blurred with [1, 2, 1] /
+    4 in both directions, as two means of 2x2 pixels."""
+    image = nn.functional.interpolate(image, scale_factor=2)
+    image = nn.functional.avg_pool2d(image, 2, stride=1, padding=1)
+    return nn.functional.avg_pool2d(image, 2, stride=1)
 
 
 class Linear(nn.Module):
@@ -115,11 +102,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_out, n_in) / rate)
         self.bias = nn.Parameter(torch.full((n_out,), bias))
+        self.scale = rate / n_in**0.5
         self.rate = rate
 
     def forward(self, x):
-        weight = self.weight * (self.rate / self.weight.shape[1] ** 0.5)
-        return nn.functional.linear(x, weight, self.rate * self.bias)
+        return nn.functional.linear(x, self.scale * self.weight, self.rate * self.bias)
 
 
 class Conv(nn.Module):
@@ -130,13 +117,15 @@ class Conv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_out, n_in, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(n_out))
-        self.filter = Filter(padding=2) if down else None
+        self.scale = 1 / (n_in * kernel_size**2) ** 0.5
+        self.padding = kernel_size // 2
+        self.down = down
 
     def forward(self, x):
-        weight = self.weight / self.weight[0].numel() ** 0.5
-        if self.filter is None:
-            return nn.functional.conv2d(x, weight, self.bias, padding=weight.shape[2] // 2)
-        return nn.functional.conv2d(self.filter(x), weight, self.bias, stride=2)
+        weight = self.scale * self.weight
+        if self.down:
+            return nn.functional.conv2d(blur(x, padding=2), weight, self.bias, stride=2)
+        return nn.functional.conv2d(x, weight, self.bias, padding=self.padding)
 
 
 class ModulatedConv(nn.Module):
@@ -152,18 +141,21 @@ class ModulatedConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_out, n_in, kernel_size, kernel_size))
         self.affine = Linear(w_dim, n_in, bias=1.0)
+        self.scale = 1 / (n_in * kernel_size**2) ** 0.5
+        self.padding = kernel_size // 2
         self.demodulate = demodulate
-        self.filter = Filter(padding=1, gain=4.0) if up else None
+        self.up = up
 
     def forward(self, x, w):
         s = self.affine(w)  # (N, n_in)
-        weight = self.weight / self.weight[0].numel() ** 0.5
+        weight = self.scale * self.weight
         x = x * s[:, :, None, None]
-        if self.filter is None:
-            x = nn.functional.conv2d(x, weight, padding=weight.shape[2] // 2)
-        else:
+        if self.up:
+            # The factor of 4 makes up for the zeros between the pixels of x.
             x = nn.functional.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
-            x = self.filter(x)  # the size is doubled: only the blur is left to do
+            x = 4 * blur(x, padding=1)
+        else:
+            x = nn.functional.conv2d(x, weight, padding=self.padding)
         if self.demodulate:
             squared_norm = s.square() @ weight.square().sum((2, 3)).T  # (N, n_out)
             x = x * (squared_norm + 1e-8).rsqrt()[:, :, None, None]
@@ -219,16 +211,24 @@ class Mapping(nn.Module):
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size), about in [-1, 1].
 
-    Each size adds its picture to the enlarged one of the size before: section 4.1, figure 7b.
+    Each size adds its picture to the enlarged one of the size before: section 4.1, figure 7b. Sizes
+    are powers of 2. The comments have the shapes at the default size.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
+        if image_size not in [16, 32, 64, 128, 256, 512, 1024]:
+            raise ValueError(f"image_size is {image_size}, but must be 16, 32, 64, ... 1024")
+
         self.mapping = Mapping(z_dim)
+
+        # 512 x 4x4
         c = channels_at(4, width)
         self.constant = nn.Parameter(torch.randn(c, 4, 4))
         self.layers = nn.ModuleList([Layer(c, c, 4, z_dim)])
         self.to_rgb = nn.ModuleList([ToRGB(c, channels, z_dim)])
+
+        # 512 x 8x8, 512 x 16x16, 512 x 32x32
         size = 4
         while size < image_size:
             size *= 2
@@ -236,15 +236,13 @@ class Generator(nn.Module):
             c = channels_at(size, width)
             self.layers += [Layer(n_in, c, size, z_dim, up=True), Layer(c, c, size, z_dim)]
             self.to_rgb += [ToRGB(c, channels, z_dim)]
-        self.enlarge = Filter(gain=4.0, up=True)
 
     def forward(self, z):
         return self.synthesise(self.mapping(z))
 
     def synthesise(self, w):
-        """Images of w (N, z_dim), or of one w for each layer and one more for the last picture: (N,
-        len(self.layers) + 1, z_dim). Every other picture shares its w with the first layer of the
-        next size."""
+        """Images of w (N, z_dim), or (N, len(self.layers) + 1, z_dim): layer k uses w[:, k], and
+        the picture of a size the w after its last layer."""
         if w.ndim == 2:
             w = w[:, None].expand(-1, len(self.layers) + 1, -1)
 
@@ -257,21 +255,29 @@ class Generator(nn.Module):
         for k, to_rgb in enumerate(self.to_rgb[1:]):
             x = self.layers[2 * k + 1](x, w[:, 2 * k + 1])
             x = self.layers[2 * k + 2](x, w[:, 2 * k + 2])
-            image = self.enlarge(image) + to_rgb(x, w[:, 2 * k + 3])
+            image = enlarge(image) + to_rgb(x, w[:, 2 * k + 3])
         return image
 
 
-def minibatch_deviation(x, group=32):
-    """Features (N, C, S, S) -> (N, 1, S, S): the standard deviation over a group of images,
-    averaged over channels and pixels. It shows D whether images are too alike (Karras et al. 2017,
-    section 3). Groups have `group` images, or the next smaller number that divides N."""
-    n = len(x)
-    while n % group:
-        group -= 1
-    groups = x.reshape(group, n // group, *x.shape[1:])  # image i is in group i mod (n // group)
-    variance = groups.var(0, correction=0)
-    deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))  # (n // group,)
-    return deviation.repeat(group)[:, None, None, None].expand(n, 1, *x.shape[2:])
+class MinibatchDeviation(nn.Module):
+    """Features (N, C, S, S) -> (N, C + 1, S, S): adds the standard deviation over a group of
+    images, averaged over channels and pixels. It shows D whether images are too alike (Karras et
+    al. 2017, section 3). Groups have `group` images, or the next smaller number that divides N."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.group = group
+
+    def forward(self, x):
+        n = len(x)
+        group = min(self.group, n)
+        while n % group:
+            group -= 1
+        groups = x.reshape(group, n // group, *x.shape[1:])  # image i is in group i mod n // group
+        variance = groups.var(0, correction=0)
+        deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))  # (n // group,)
+        plane = deviation.repeat(group)[:, None, None, None].expand(n, 1, *x.shape[2:])
+        return torch.cat([x, plane], 1)
 
 
 class Discriminator(nn.Module):
@@ -290,7 +296,8 @@ class Discriminator(nn.Module):
             size = size // 2
             c = n_out
 
-        # 4x4, with one more channel for minibatch_deviation
+        # 4x4
+        self.deviation = MinibatchDeviation(group=32)
         self.conv = Conv(c + 1, c, 3)
         self.dense = Linear(c * 16, c)
         self.out = Linear(c, 1)
@@ -299,12 +306,11 @@ class Discriminator(nn.Module):
         x = activate(self.from_rgb(x))
         for conv in self.convs:
             x = activate(conv(x))
-        x = torch.cat([x, minibatch_deviation(x)], 1)
-        x = activate(self.conv(x))
+        x = activate(self.conv(self.deviation(x)))
         return self.out(activate(self.dense(x.flatten(1)))).flatten()
 
 
-# ------------------------------------------------------------------------------------------- losses
+# losses -------------------------------------------------------------------------------------------
 
 
 def d_loss(d_real, d_fake):
@@ -319,16 +325,16 @@ def g_loss(d_fake):
     return -nn.functional.logsigmoid(d_fake).mean()
 
 
-def r1_penalty(D, x_real):
-    """E[||grad D(x)||^2] at real images (N, C, S, S): Mescheder et al. 2018, eq. 9, without gamma /
-    2. It is the gradient of the sum of the scores, to which minibatch_deviation adds a part from
-    other images of the group, as in the authors' code."""
-    x_real = x_real.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(D(x_real).sum(), x_real, create_graph=True)
+def r1_penalty(D, x):
+    """E[||grad D(x)||^2] at real images (N, C, S, S), the mean over the images of the squared norm
+    of each one's gradient, without gamma / 2: Mescheder et al. 2018, eq. 9. It keeps D from being
+    steep where the data are."""
+    x = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
 
 
-# ----------------------------------------------------------------------------------------- training
+# training -----------------------------------------------------------------------------------------
 
 
 def lazy_adam(network, args, interval):
@@ -341,15 +347,11 @@ def lazy_adam(network, args, interval):
 
 
 @torch.no_grad()
-def move_average(average, G, seen, batch_size):
-    """Moves the weights of `average` towards G's, with a half-life of 500,000 images or of 5% of
-    the images `seen` so far, whichever is less. Copies the buffers."""
-    half_life = min(500_000, 0.05 * seen)
-    beta = 0.5 ** (batch_size / half_life)
-    # The third argument of `move` is a number of updates, which it ignores
-    move = torch.optim.swa_utils.get_ema_multi_avg_fn(beta)
-    move(list(average.parameters()), list(G.parameters()), None)
-    for a, b in zip(average.buffers(), G.buffers(), strict=True):
+def move_average(average, network, beta):
+    """average = beta average + (1 - beta) network, for the weights; the buffers are copied."""
+    for a, w in zip(average.parameters(), network.parameters(), strict=True):
+        a.lerp_(w, 1 - beta)
+    for a, b in zip(average.buffers(), network.buffers(), strict=True):
         a.copy_(b)
 
 
@@ -358,102 +360,96 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = common.load_data(args)
 
-    # Networks and optimisers. In the authors' code, G has a penalty after every 4th step. It is off
-    # in this configuration, which nevertheless keeps the correction of Adam for it.
-    G = Generator(args.z_dim, args.width, data.channels, args.image_size)
-    D = Discriminator(args.width, data.channels, args.image_size)
+    # Networks, in the layout that is faster for convolutions, and optimisers. In the authors' code,
+    # G has a penalty after every 4th step. It is off in these settings, which nevertheless keep the
+    # correction of Adam for it.
+    G = Generator(args.z_dim, args.width_at_64, data.channels, args.image_size)
+    D = Discriminator(args.width_at_64, data.channels, args.image_size)
     G = G.to(args.device, memory_format=torch.channels_last)
     D = D.to(args.device, memory_format=torch.channels_last)
     opt_G = lazy_adam(G, args, 4)
     opt_D = lazy_adam(D, args, R1_EVERY)
 
-    # The average of G, which draws all images.
+    # The average of G, which draws all images, and the last value of the penalty.
     average = copy.deepcopy(G).eval()
+    r1 = torch.zeros((), device=args.device)
 
-    # All grids use the same noise, so they show the same images changing.
-    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
+    def noise(n):
+        """n draws of z ~ N(0, I)."""
+        return torch.randn(n, args.z_dim, device=args.device)
 
-    def d_step(x_real):
-        """One update of D: minimise d_loss, with G fixed."""
+    def update():
+        """One step: an update of D, then one of G."""
+        # D: minimise d_loss, with G fixed.
         D.requires_grad_(True)
+        x_real, _ = common.sample_batch(args, data)
         with torch.no_grad():
-            x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
+            x_fake = G(noise(args.batch_size))
         d_real, d_fake = D(x_real), D(x_fake)
         loss_D = d_loss(d_real, d_fake)
         opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
-        return loss_D, d_real.mean(), d_fake.mean()
 
-    def g_step():
-        """One update of G: minimise g_loss, with D fixed."""
+        # G: minimise g_loss, with D fixed.
         D.requires_grad_(False)
-        x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-        loss_G = g_loss(D(x_fake))
+        loss_G = g_loss(D(G(noise(args.batch_size))))
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
-        return loss_G
+        scores = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
+        return {"loss_D": loss_D, "loss_G": loss_G, **scores}
 
-    def update():
-        """One step: an update of D, then one of G."""
-        x_real, _ = common.sample_batch(args, data)
-        loss_D, d_real, d_fake = d_step(x_real)
-        loss_G = g_step()
-        return {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
-
-    def r1_step():
-        """One update of D: minimise the penalty, times the number of steps without it."""
+    def update_r1():
+        """One update of D on a minibatch of its own: minimise the penalty, times the number of
+        steps without it."""
         D.requires_grad_(True)
         x_real, _ = common.sample_batch(args, data)
         penalty = r1_penalty(D, x_real)
         opt_D.zero_grad()
         (R1_EVERY * args.r1 / 2 * penalty).backward()
         opt_D.step()
-        return {"r1": penalty}  # runs.cuda_graph takes a dict; it is not logged
+        r1.copy_(penalty.detach())
+        return {"r1": r1}
 
     @torch.no_grad()
-    def sample(z):
-        """Images of z, drawn by the average of G."""
-        return average(z)
+    def sample(z, mean_w=0.0, truncation=1.0):
+        """Images of z, drawn by the average of G with w = mean + truncation (w - mean)."""
+        w = average.mapping(z)
+        return average.synthesise(mean_w + truncation * (w - mean_w))
 
-    def draw(n):
-        """n images of new noise, for --generate: w = mean + truncation (w - mean)."""
-        with torch.no_grad():
-            w = average.mapping(torch.randn(n, args.z_dim, device=args.device))
-            return average.synthesise(mean_w + args.truncation * (w - mean_w))
+    # All grids are of the same noise, so that they show the same images changing.
+    fixed_z = noise(common.grid_size(args))
 
-    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    # The steps that are done: none in a new run, with --resume those of the checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
-    state["average"] = average
-    first = runs.start_run(args, data, state)
+    state.update(average=average, r1=r1)
+    done = runs.start_run(args, data, state)
     if args.generate:
         with torch.no_grad():
-            mean_w = average.mapping(torch.randn(10_000, args.z_dim, device=args.device)).mean(0)
-        return common.generate(args, draw)
-    if first == 0:
+            mean_w = average.mapping(noise(10_000)).mean(0)
+        return common.generate(args, lambda n: sample(noise(n), mean_w, args.truncation))
+    if done == 0:
         average.load_state_dict(G.state_dict())  # --init may have replaced G
         common.save_grid(args, 0, sample(fixed_z))
 
-    # Train. Under torchrun, args.batch_size is the part of this process.
+    # Train. args.batch_size is that of this process.
     n_images = args.batch_size * common.world_size()
     update = runs.cuda_graph(args, data, update)
-    r1_step = runs.cuda_graph(args, data, r1_step)
-    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    update_r1 = runs.cuda_graph(args, data, update_r1)
+    progress = runs.steps(args, done)
     for step in progress:
         values = update()
         if step % R1_EVERY == 0 and args.r1:
-            r1_step()
-        move_average(average, G, n_images * step, n_images)
-        save_due = step % args.save_every == 0 or step == args.steps
-
-        # A loss that is not finite stops the run here, before anything is saved.
-        if save_due or step % args.log_every == 0:
-            progress.set_postfix(runs.log(args, step, values), refresh=False)
-        if save_due:
+            update_r1()
+        # The half-life of the average: 500,000 images, or 5% of those seen if that is less.
+        half_life = min(500_000, 0.05 * n_images * step)
+        move_average(average, G, 0.5 ** (n_images / half_life))
+        if step % args.log_every == 0:
+            progress.set_postfix(runs.log(args, step, {**values, "r1": r1}))
+        if step % args.save_every == 0 or step == args.steps:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
-    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -11,72 +11,61 @@
     --diffaug POLICY        all that D sees is augmented  Zhao et al. 2020, 2006.10738
     --decay                 learning rates fall to 0      github.com/Newmu/dcgan_code
 
-Differs from dcgan.py in: these and their calls. Without flags it trains as dcgan.py does, bit for
-bit. The noise of --noise falls to 0 at the last step, so that a --resume with more --steps brings
-it back. With --decay, a --resume cannot change --steps. Under torchrun, the pool of --replay, the
-comparisons of --minibatch-kernels and the means of --feature-matching are each process's own, and
-a --resume gives the pool of rank 0 to all.
+Differs from dcgan.py in: these and their calls; without flags it trains as dcgan.py does. --noise
+and --decay fall to 0 at --steps: a --resume with more --steps raises them again. Under torchrun,
+each process has its own images for --replay, --minibatch-kernels and --feature-matching.
 
-A run on MNIST in docs/tricks.md:
+A run on MNIST, scored in docs/tricks.md:
 
     python tricks.py --width 16 --lr 1e-3 --batch-size 64 --steps 14000 --ema 0.999
 """
 
 import copy
 from argparse import ArgumentParser
+from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common
 import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(prog="tricks.py", description=__doc__.splitlines()[0])
+    p = ArgumentParser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=128, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
-    p.add_argument(
-        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
-    )
-    p.add_argument("--lr", type=runs.positive_float, default=2e-4, help="learning rate")
-    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
-    p.add_argument("--beta2", type=runs.fraction, default=0.999, help="Adam's beta2")
+    p.add_argument("--width", type=runs.positive_int, default=64, help="base number of channels")
+    p.add_argument("--lr", type=float, default=2e-4, help="learning rate")
+    p.add_argument("--beta1", type=float, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=float, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    p.add_argument(
-        "--smooth", type=runs.fraction, default=0.0, help="target of real images is 1 - this"
-    )
-    p.add_argument("--flip", type=runs.fraction, default=0.0, help="share of D's labels swapped")
+    p.add_argument("--smooth", type=float, default=0.0, help="target of real images is 1 - this")
+    p.add_argument("--flip", type=float, default=0.0, help="share of D's labels swapped")
     p.add_argument(
         "--noise",
-        type=runs.non_negative_float,
+        type=float,
         default=0.0,
         help="standard deviation of noise on all that D sees, falling to 0 at --steps",
     )
-    p.add_argument(
-        "--replay",
-        type=runs.non_negative_int,
-        default=0,
-        help="number of old fakes to keep; half of D's fakes are old",
-    )
+    p.add_argument("--replay", type=int, default=0, help="old fakes to keep, as half of D's fakes")
     p.add_argument("--feature-matching", action="store_true", help="G matches D's mean features")
     p.add_argument(
         "--minibatch-kernels",
-        type=runs.non_negative_int,
+        type=int,
         default=0,
         help="kernels by which D compares the images of a batch",
     )
     p.add_argument(
         "--r1",
-        type=runs.non_negative_float,
+        type=float,
         default=0.0,
         help="weight gamma of the R1 penalty; removes batch norm from D",
     )
     p.add_argument(
         "--ema",
-        type=runs.fraction,
+        type=float,
         default=0.0,
         help="draw by an average of G's weights with this decay, such as 0.999",
     )
@@ -87,37 +76,34 @@ def parse_args(argv=None):
         default=[],
         help="augment all that D sees; the authors' StyleGAN2: color cutout, or all for few images",
     )
-    p.add_argument(
-        "--decay", action="store_true", help="let learning rates fall linearly to 0 at --steps"
-    )
+    p.add_argument("--decay", action="store_true", help="learning rates fall linearly to 0")
     args = runs.parse_args(p, argv)
     if args.minibatch_kernels and (args.r1 or args.feature_matching or args.replay):
         p.error("--minibatch-kernels excludes --r1, --feature-matching and --replay: leave one out")
-    planned = p.get_default("steps")  # those of the run, with --resume
-    if args.resume and args.decay and args.steps != planned:
-        p.error(
-            f"--steps is {args.steps}, but the learning rates fall to 0 at {planned}: leave it out"
-        )
     return args
 
 
-# ----------------------------------------------------------------------------------------- networks
+# networks -----------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1].
 
-    The comments have the shapes at the default width and size.
+    The comments have the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
+        if image_size not in [16, 32, 64, 128, 256, 512, 1024]:
+            raise ValueError(f"image_size is {image_size}, but must be 16, 32, 64, ... 1024")
+
+        # c channels at 4x4; each stage halves them and doubles the size.
         c = width * image_size // 8
 
         # 256 x 4x4
         layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
 
-        # 128 x 8x8, 64 x 16x16: one more stage each time the size doubles
+        # 128 x 8x8, 64 x 16x16
         while c > width:
             layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c // 2), nn.ReLU()]
@@ -136,9 +122,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, width, channels, image_size, kernels, norm):
         super().__init__()
+        # 64 x 16x16; each further stage doubles the channels and halves the size.
         c = width
-
-        # 64 x 16x16
         layers = [nn.Conv2d(channels, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
 
         # 128 x 8x8, 256 x 4x4
@@ -156,9 +141,9 @@ class Discriminator(nn.Module):
         self.net = nn.Sequential(*layers).apply(init_weights)
 
         # As in wgan_gp.py: without batch norm, N(0, 0.02) would shrink the signal.
-        if not norm:
-            for conv in self.net[::2]:
-                nn.init.kaiming_normal_(conv.weight, 0.2)
+        for layer in self.net:
+            if isinstance(layer, nn.Conv2d) and not norm:
+                nn.init.kaiming_normal_(layer.weight, 0.2)
 
     def forward(self, x):
         return self.net(x).flatten()
@@ -190,18 +175,16 @@ def init_weights(m):
         nn.init.zeros_(m.bias)
 
 
-# ------------------------------------------------------------------------------------------- losses
+# losses -------------------------------------------------------------------------------------------
 
 
 def d_loss(d_real, d_fake, smooth=0.0, flip=0.0):
     """Cross entropy of scores (N,), with the target 1 - `smooth` for what is labelled real and 0
     for fakes (Salimans et al. 2016, section 3.4), and a share `flip` of the labels swapped."""
-    log = nn.functional.logsigmoid
-    y_real = (1 - smooth) * flipped(torch.ones_like(d_real), flip)
-    y_fake = (1 - smooth) * flipped(torch.zeros_like(d_fake), flip)
-    loss_real = -(y_real * log(d_real) + (1 - y_real) * log(-d_real)).mean()
-    loss_fake = -(y_fake * log(d_fake) + (1 - y_fake) * log(-d_fake)).mean()
-    return loss_real + loss_fake
+    y_real = (1 - smooth) * swap_labels(torch.ones_like(d_real), flip)
+    y_fake = (1 - smooth) * swap_labels(torch.zeros_like(d_fake), flip)
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits
+    return cross_entropy(d_real, y_real) + cross_entropy(d_fake, y_fake)
 
 
 def g_loss(d_fake):
@@ -210,12 +193,14 @@ def g_loss(d_fake):
     return -nn.functional.logsigmoid(d_fake).mean()
 
 
-# ------------------------------------------------------------------------------------------- tricks
+# tricks -------------------------------------------------------------------------------------------
 
 
-def flipped(y, p):
+def swap_labels(y, p):
     """Labels of 0 and 1 (N,), each swapped with probability p: the ganhacks list."""
-    return torch.where(torch.rand_like(y) < p, 1 - y, y) if p else y
+    if p == 0:
+        return y
+    return torch.where(torch.rand_like(y) < p, 1 - y, y)
 
 
 def r1_penalty(D, x_real):
@@ -243,13 +228,13 @@ def feature_distance(D, x_real, x_fake):
 
 
 @torch.no_grad()
-def fill(pool, G, args):
+def fill_with_fakes(pool, G, noise, batch_size):
     """Fills a pool (M, C, S, S) with images of G, a batch at a time."""
-    for part in pool.split(args.batch_size):
-        part.copy_(G(torch.randn(len(part), args.z_dim, device=args.device)))
+    for part in pool.split(batch_size):
+        part.copy_(G(noise(len(part))))
 
 
-def replayed(pool, x_fake):
+def swap_with_pool(pool, x_fake):
     """Two batches for D: n random images of `pool` (M, C, S, S), and the fakes `x_fake[n:]`, where
     `x_fake` is (N, C, S, S) and n is N // 2, or M if that is less. The other fakes, `x_fake[:n]`,
     overwrite random images of the pool: Shrivastava et al. 2016, section 2.3."""
@@ -261,12 +246,13 @@ def replayed(pool, x_fake):
     return earlier, x_fake[n:]
 
 
-def move_average(average, G, beta):
-    """average = beta average + (1 - beta) G, for the weights and batch norm's statistics: Yazici et
-    al. 2018."""
-    moved = [t for t in average.state_dict().values() if t.is_floating_point()]
-    latest = [t for t in G.state_dict().values() if t.is_floating_point()]
-    torch.optim.swa_utils.get_ema_multi_avg_fn(beta)(moved, latest, None)
+@torch.no_grad()
+def move_average(average, network, beta):
+    """average = beta average + (1 - beta) network, for the weights; the buffers are copied."""
+    for a, w in zip(average.parameters(), network.parameters(), strict=True):
+        a.lerp_(w, 1 - beta)
+    for a, b in zip(average.buffers(), network.buffers(), strict=True):
+        a.copy_(b)
 
 
 def diffaug(x, policy):
@@ -317,7 +303,7 @@ def cutout(x):
     return x * ~hole[:, None]
 
 
-# ----------------------------------------------------------------------------------------- training
+# training -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -325,20 +311,17 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = common.load_data(args)
 
-    # Networks and optimisers.
+    # Networks, in the layout that is faster for convolutions, and optimisers.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size)
     kernels, norm = args.minibatch_kernels, not args.r1
     D = Discriminator(args.width, data.channels, args.image_size, kernels, norm)
     G = G.to(args.device, memory_format=torch.channels_last)
     D = D.to(args.device, memory_format=torch.channels_last)
     betas = (args.beta1, args.beta2)
-    # A CUDA graph reads a learning rate that changes from a tensor.
+    # With --decay, the learning rate changes, so a CUDA graph needs it as a tensor.
     lr = torch.full((), args.lr, device=args.device) if args.decay else args.lr
     opt_G = torch.optim.Adam(G.parameters(), lr=lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=lr, betas=betas, fused=True)
-
-    # All grids use the same noise, so they show the same images changing.
-    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
 
     # What the tricks keep: the strength of the noise on images, earlier fakes, and G's average.
     fade = torch.ones((), device=args.device)
@@ -348,6 +331,10 @@ def main(argv=None):
     if args.ema:
         average = copy.deepcopy(G)
 
+    def noise(n):
+        """n draws of z ~ N(0, I)."""
+        return torch.randn(n, args.z_dim, device=args.device)
+
     def augment(x):
         """Images as D sees them."""
         if args.diffaug:
@@ -356,29 +343,32 @@ def main(argv=None):
             x = x + args.noise * fade * torch.randn_like(x)
         return x
 
-    def d_step(x_real):
-        """One update of D: minimise d_loss, with G fixed."""
+    def update():
+        """One step: n_critic updates of D, each on its own minibatch, then one of G."""
+        # D: minimise d_loss, with G fixed. Real and fake images pass D separately, because batch
+        # norm must not mix them.
         D.requires_grad_(True)
-        with torch.no_grad():
-            x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-        d_real = D(augment(x_real))
-        if args.replay:
-            # Each part passes D separately: batch norm would show D that they are mixed.
-            d_fake = torch.cat([D(augment(part)) for part in replayed(pool, x_fake)])
-        else:
-            d_fake = D(augment(x_fake))
-        loss_D = d_loss(d_real, d_fake, args.smooth, args.flip)
-        if args.r1:
-            loss_D = loss_D + args.r1 / 2 * r1_penalty(lambda x: D(augment(x)), x_real)
-        opt_D.zero_grad()
-        loss_D.backward()
-        opt_D.step()
-        return loss_D, d_real.mean(), d_fake.mean()
+        for _ in range(args.n_critic):
+            x_real, _ = common.sample_batch(args, data)
+            with torch.no_grad():
+                x_fake = G(noise(args.batch_size))
+            d_real = D(augment(x_real))
+            if args.replay:
+                # Old and new fakes pass D separately, too.
+                old, new = swap_with_pool(pool, x_fake)
+                d_fake = torch.cat([D(augment(old)), D(augment(new))])
+            else:
+                d_fake = D(augment(x_fake))
+            loss_D = d_loss(d_real, d_fake, args.smooth, args.flip)
+            if args.r1:
+                loss_D = loss_D + args.r1 / 2 * r1_penalty(lambda x: D(augment(x)), x_real)
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
 
-    def g_step(x_real):
-        """One update of G: minimise its loss, with D fixed."""
+        # G: minimise its loss, with D fixed.
         D.requires_grad_(False)
-        x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
+        x_fake = G(noise(args.batch_size))
         if args.feature_matching:
             loss_G = feature_distance(D, augment(x_real), augment(x_fake))
         else:
@@ -386,15 +376,8 @@ def main(argv=None):
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
-        return loss_G
-
-    def update():
-        """One step: n_critic updates of D, each on its own minibatch, then one of G."""
-        for _ in range(args.n_critic):
-            x_real, _ = common.sample_batch(args, data)
-            loss_D, d_real, d_fake = d_step(x_real)
-        loss_G = g_step(x_real)
-        return {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
+        scores = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
+        return {"loss_D": loss_D, "loss_G": loss_G, **scores}
 
     @torch.no_grad()
     def sample(z):
@@ -404,29 +387,28 @@ def main(argv=None):
         G.train()
         return x
 
-    def draw(n):
-        """n images of new noise, for --generate."""
-        return sample(torch.randn(n, args.z_dim, device=args.device))
+    # All grids are of the same noise, so that they show the same images changing.
+    fixed_z = noise(common.grid_size(args))
 
-    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    # The steps that are done: none in a new run, with --resume those of the checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     if args.ema:
         state["average"] = average
     if args.replay:
         state["pool"] = pool
-    first = runs.start_run(args, data, state)
+    done = runs.start_run(args, data, state)
     if args.generate:
-        return common.generate(args, draw)
-    if first == 0:
+        return common.generate(args, lambda n: sample(noise(n)))
+    if done == 0:
         if args.ema:
             average.load_state_dict(G.state_dict())  # --init may have replaced G
         if args.replay:
-            fill(pool, G, args)
+            fill_with_fakes(pool, G, noise, args.batch_size)
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.
     update = runs.cuda_graph(args, data, update)
-    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    progress = runs.steps(args, done)
     for step in progress:
         fade.fill_(1 - step / args.steps)
         if args.decay:
@@ -437,15 +419,11 @@ def main(argv=None):
             # The first weights are not worth keeping, so that beta grows from 0 up to --ema. This
             # ramp is ours; the authors begin with a copy of G and a beta of 0.9999.
             move_average(average, G, min(args.ema, (step - 1) / (step + 9)))
-        save_due = step % args.save_every == 0 or step == args.steps
-
-        # A loss that is not finite stops the run here, before anything is saved.
-        if save_due or step % args.log_every == 0:
-            progress.set_postfix(runs.log(args, step, values), refresh=False)
-        if save_due:
+        if step % args.log_every == 0:
+            progress.set_postfix(runs.log(args, step, values))
+        if step % args.save_every == 0 or step == args.steps:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
-    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -8,64 +8,59 @@ Arjovsky, Chintala, Bottou 2017, Wasserstein GAN. https://arxiv.org/abs/1701.078
 Differs from dcgan.py in: both losses, RMSprop, clipping after each of five D updates per G update,
 and the defaults.
 
-Follows Algorithm 1 of the paper. The authors' code (github.com/martinarjovsky/WassersteinGAN)
-differs from it:
-- It clips before each update of D, so that G learns from a D that is not clipped.
-- D gets 100 updates instead of 5 in the first 25 steps and in every 500th.
-- Its convolutions have no biases.
+Follows Algorithm 1. Deviation from the paper: images are 32x32 by default, not 64x64. What the
+authors' code does otherwise is in docs/papers.md.
 
-Deviation from both: images are 32x32 by default instead of 64x64.
-
-The run on MNIST in docs/results.md:
+A run on MNIST, scored in docs/results.md:
 
     python wgan.py --width 32 --z-dim 32 --lr 5e-4 --clip 0.03 --n-critic 1 --steps 8000
 """
 
 from argparse import ArgumentParser
+from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common
 import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(prog="wgan.py", description=__doc__.splitlines()[0])
+    p = ArgumentParser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=64, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
-    p.add_argument(
-        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
-    )
-    p.add_argument("--lr", type=runs.positive_float, default=5e-5, help="learning rate")
-    p.add_argument("--momentum", type=runs.fraction, default=0.0, help="RMSprop's momentum")
-    p.add_argument("--alpha", type=runs.fraction, default=0.99, help="RMSprop's alpha")
+    p.add_argument("--width", type=runs.positive_int, default=64, help="base number of channels")
+    p.add_argument("--lr", type=float, default=5e-5, help="learning rate")
+    p.add_argument("--momentum", type=float, default=0.0, help="RMSprop's momentum")
+    p.add_argument("--alpha", type=float, default=0.99, help="RMSprop's alpha")
     p.add_argument("--n-critic", type=runs.positive_int, default=5, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    p.add_argument(
-        "--clip", type=runs.positive_float, default=0.01, help="D's weights stay in [-clip, clip]"
-    )
+    p.add_argument("--clip", type=float, default=0.01, help="D's parameters are clipped to +-clip")
     return runs.parse_args(p, argv)
 
 
-# ----------------------------------------------------------------------------------------- networks
+# networks -----------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1].
 
-    The comments have the shapes at the default width and size.
+    The comments have the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
+        if image_size not in [16, 32, 64, 128, 256, 512, 1024]:
+            raise ValueError(f"image_size is {image_size}, but must be 16, 32, 64, ... 1024")
+
+        # c channels at 4x4; each stage halves them and doubles the size.
         c = width * image_size // 8
 
         # 256 x 4x4
         layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
 
-        # 128 x 8x8, 64 x 16x16: one more stage each time the size doubles
+        # 128 x 8x8, 64 x 16x16
         while c > width:
             layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c // 2), nn.ReLU()]
@@ -84,9 +79,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, width, channels, image_size):
         super().__init__()
+        # 64 x 16x16; each further stage doubles the channels and halves the size.
         c = width
-
-        # 64 x 16x16
         layers = [nn.Conv2d(channels, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
 
         # 128 x 8x8, 256 x 4x4
@@ -106,7 +100,7 @@ class Discriminator(nn.Module):
 def init_weights(m):
     """Weights with mean 0 and standard deviation 0.02 (DCGAN, section 4); gains of batch norm with
     mean 1 and standard deviation 0.02, biases 0 (the authors' code)."""
-    if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(m.weight, 0.0, 0.02)
     if isinstance(m, nn.BatchNorm2d):
         nn.init.normal_(m.weight, 1.0, 0.02)
@@ -114,7 +108,7 @@ def init_weights(m):
         nn.init.zeros_(m.bias)
 
 
-# ------------------------------------------------------------------------------------------- losses
+# losses -------------------------------------------------------------------------------------------
 
 
 def d_loss(d_real, d_fake):
@@ -128,7 +122,7 @@ def g_loss(d_fake):
     return -d_fake.mean()
 
 
-# ----------------------------------------------------------------------------------------- training
+# training -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -136,7 +130,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = common.load_data(args)
 
-    # Networks and optimisers.
+    # Networks, in the layout that is faster for convolutions, and optimisers.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size)
     D = Discriminator(args.width, data.channels, args.image_size)
     G = G.to(args.device, memory_format=torch.channels_last)
@@ -145,41 +139,36 @@ def main(argv=None):
     opt_G = torch.optim.RMSprop(G.parameters(), **settings)
     opt_D = torch.optim.RMSprop(D.parameters(), **settings)
 
-    # All grids use the same noise, so they show the same images changing.
-    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
-
-    def d_step(x_real):
-        """One update of D: minimise d_loss, with G fixed."""
-        D.requires_grad_(True)
-        with torch.no_grad():
-            x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-        d_real, d_fake = D(x_real), D(x_fake)
-        loss_D = d_loss(d_real, d_fake)
-        opt_D.zero_grad()
-        loss_D.backward()
-        opt_D.step()
-        with torch.no_grad():
-            for w in D.parameters():
-                w.clamp_(-args.clip, args.clip)
-        return loss_D, d_real.mean(), d_fake.mean()
-
-    def g_step():
-        """One update of G: minimise g_loss, with D fixed."""
-        D.requires_grad_(False)
-        x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-        loss_G = g_loss(D(x_fake))
-        opt_G.zero_grad()
-        loss_G.backward()
-        opt_G.step()
-        return loss_G
+    def noise(n):
+        """n draws of z ~ N(0, I)."""
+        return torch.randn(n, args.z_dim, device=args.device)
 
     def update():
         """One step: n_critic updates of D, each on its own minibatch, then one of G."""
+        # D: minimise d_loss, with G fixed. Real and fake images pass D separately, because batch
+        # norm must not mix them.
+        D.requires_grad_(True)
         for _ in range(args.n_critic):
             x_real, _ = common.sample_batch(args, data)
-            loss_D, d_real, d_fake = d_step(x_real)
-        loss_G = g_step()
-        return {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
+            with torch.no_grad():
+                x_fake = G(noise(args.batch_size))
+            d_real, d_fake = D(x_real), D(x_fake)
+            loss_D = d_loss(d_real, d_fake)
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
+            with torch.no_grad():
+                for w in D.parameters():
+                    w.clamp_(-args.clip, args.clip)
+
+        # G: minimise g_loss, with D fixed.
+        D.requires_grad_(False)
+        loss_G = g_loss(D(G(noise(args.batch_size))))
+        opt_G.zero_grad()
+        loss_G.backward()
+        opt_G.step()
+        scores = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
+        return {"loss_D": loss_D, "loss_G": loss_G, **scores}
 
     @torch.no_grad()
     def sample(z):
@@ -188,32 +177,27 @@ def main(argv=None):
         G.train()
         return x
 
-    def draw(n):
-        """n images of new noise, for --generate."""
-        return sample(torch.randn(n, args.z_dim, device=args.device))
+    # All grids are of the same noise, so that they show the same images changing.
+    fixed_z = noise(common.grid_size(args))
 
-    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    # The steps that are done: none in a new run, with --resume those of the checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
-    first = runs.start_run(args, data, state)
+    done = runs.start_run(args, data, state)
     if args.generate:
-        return common.generate(args, draw)
-    if first == 0:
+        return common.generate(args, lambda n: sample(noise(n)))
+    if done == 0:
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.
     update = runs.cuda_graph(args, data, update)
-    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    progress = runs.steps(args, done)
     for step in progress:
         values = update()
-        save_due = step % args.save_every == 0 or step == args.steps
-
-        # A loss that is not finite stops the run here, before anything is saved.
-        if save_due or step % args.log_every == 0:
-            progress.set_postfix(runs.log(args, step, values), refresh=False)
-        if save_due:
+        if step % args.log_every == 0:
+            progress.set_postfix(runs.log(args, step, values))
+        if step % args.save_every == 0 or step == args.steps:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
-    runs.finish_run(args)
 
 
 if __name__ == "__main__":

@@ -9,63 +9,60 @@ Gulrajani et al. 2017, Improved Training of Wasserstein GANs. https://arxiv.org/
 Differs from wgan.py in: the penalty where the clipping was, D without batch norm, He's
 initialisation in D, and Adam.
 
-Deviations from the paper:
-- Adam's betas are those of the authors' gan_cifar.py (github.com/igul222/improved_wgan_training),
-  not (0, 0.9) as in Algorithm 1.
-- gan_cifar.py has 5x5 kernels of variance 4 / (fan_in + fan_out), width 128 (it suggests 64), z of
-  128 dimensions, and batch norm per unit after G's dense layer.
+Deviations from the paper (more in docs/papers.md):
+- Adam's betas are those of the authors' code for CIFAR-10, not (0, 0.9) as in Algorithm 1.
 - The networks are convolutional; the paper's best ones on CIFAR-10 are ResNets.
 
-The run on MNIST in docs/results.md:
+A run on MNIST, scored in docs/results.md:
 
     python wgan_gp.py --width 16 --lr 1e-3 --batch-size 32 --n-critic 2 --beta1 0 --steps 15000
 """
 
 from argparse import ArgumentParser
+from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common
 import runs
 
 
 def parse_args(argv=None):
-    p = ArgumentParser(prog="wgan_gp.py", description=__doc__.splitlines()[0])
+    p = ArgumentParser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=64, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
-    p.add_argument(
-        "--width", type=runs.positive_int, default=64, help="base channels: sets size and speed"
-    )
-    p.add_argument("--lr", type=runs.positive_float, default=1e-4, help="learning rate")
-    p.add_argument("--beta1", type=runs.fraction, default=0.5, help="Adam's beta1")
-    p.add_argument("--beta2", type=runs.fraction, default=0.9, help="Adam's beta2")
+    p.add_argument("--width", type=runs.positive_int, default=64, help="base number of channels")
+    p.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    p.add_argument("--beta1", type=float, default=0.5, help="Adam's beta1")
+    p.add_argument("--beta2", type=float, default=0.9, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=5, help="D updates per G update")
     p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
-    p.add_argument(
-        "--gp-weight", type=runs.non_negative_float, default=10.0, help="weight of the penalty"
-    )
+    p.add_argument("--gp-weight", type=float, default=10.0, help="weight of the gradient penalty")
     return runs.parse_args(p, argv)
 
 
-# ----------------------------------------------------------------------------------------- networks
+# networks -----------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1].
 
-    The comments have the shapes at the default width and size.
+    The comments have the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
+        if image_size not in [16, 32, 64, 128, 256, 512, 1024]:
+            raise ValueError(f"image_size is {image_size}, but must be 16, 32, 64, ... 1024")
+
+        # c channels at 4x4; each stage halves them and doubles the size.
         c = width * image_size // 8
 
         # 256 x 4x4
         layers = [nn.ConvTranspose2d(z_dim, c, 4, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
 
-        # 128 x 8x8, 64 x 16x16: one more stage each time the size doubles
+        # 128 x 8x8, 64 x 16x16
         while c > width:
             layers += [nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c // 2), nn.ReLU()]
@@ -84,9 +81,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, width, channels, image_size):
         super().__init__()
+        # 64 x 16x16; each further stage doubles the channels and halves the size.
         c = width
-
-        # 64 x 16x16
         layers = [nn.Conv2d(channels, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
 
         # 128 x 8x8, 256 x 4x4
@@ -99,9 +95,10 @@ class Discriminator(nn.Module):
         self.net = nn.Sequential(*layers)
 
         # He et al. 2015, eq. 15. Without batch norm, N(0, 0.02) would shrink the signal.
-        for conv in self.net[::2]:
-            nn.init.kaiming_normal_(conv.weight, 0.2)
-            nn.init.zeros_(conv.bias)
+        for layer in self.net:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, 0.2)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x):
         return self.net(x).flatten()
@@ -110,7 +107,7 @@ class Discriminator(nn.Module):
 def init_weights(m):
     """Weights with mean 0 and standard deviation 0.02 (DCGAN, section 4); gains of batch norm with
     mean 1 and standard deviation 0.02, biases 0 (the authors' code)."""
-    if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+    if isinstance(m, nn.ConvTranspose2d):
         nn.init.normal_(m.weight, 0.0, 0.02)
     if isinstance(m, nn.BatchNorm2d):
         nn.init.normal_(m.weight, 1.0, 0.02)
@@ -118,7 +115,7 @@ def init_weights(m):
         nn.init.zeros_(m.bias)
 
 
-# ------------------------------------------------------------------------------------------- losses
+# losses -------------------------------------------------------------------------------------------
 
 
 def d_loss(d_real, d_fake):
@@ -134,16 +131,15 @@ def g_loss(d_fake):
 
 def gradient_penalty(D, x_real, x_fake):
     """E[(||grad D(x_hat)||_2 - 1)^2] at x_hat = eps x_real + (1 - eps) x_fake, with one eps ~
-    U(0, 1) per image: Gulrajani et al. 2017, eq. 3. Inputs (N, ...) may have any shape. D must
-    score each by itself, without batch norm: the gradient of the sum is then that of each score."""
-    one_per_image = [len(x_real)] + [1] * (x_real.ndim - 1)
-    eps = torch.rand(one_per_image, device=x_real.device)
+    U(0, 1) per image, for images (N, C, S, S): Gulrajani et al. 2017, eq. 3. D must score each
+    image by itself (no batch norm), so that the gradient of the sum is that of each score."""
+    eps = torch.rand(len(x_real), 1, 1, 1, device=x_real.device)
     x_hat = (eps * x_real + (1 - eps) * x_fake).detach().requires_grad_()
     (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
     return ((grad.flatten(1).norm(dim=1) - 1) ** 2).mean()
 
 
-# ----------------------------------------------------------------------------------------- training
+# training -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -151,7 +147,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     data = common.load_data(args)
 
-    # Networks and optimisers.
+    # Networks, in the layout that is faster for convolutions, and optimisers.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size)
     D = Discriminator(args.width, data.channels, args.image_size)
     G = G.to(args.device, memory_format=torch.channels_last)
@@ -160,39 +156,33 @@ def main(argv=None):
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=betas, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, fused=True)
 
-    # All grids use the same noise, so they show the same images changing.
-    fixed_z = torch.randn(common.grid_size(args), args.z_dim, device=args.device)
-
-    def d_step(x_real):
-        """One update of D: minimise d_loss and the penalty, with G fixed."""
-        D.requires_grad_(True)
-        with torch.no_grad():
-            x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-        d_real, d_fake = D(x_real), D(x_fake)
-        penalty = gradient_penalty(D, x_real, x_fake)
-        loss_D = d_loss(d_real, d_fake) + args.gp_weight * penalty
-        opt_D.zero_grad()
-        loss_D.backward()
-        opt_D.step()
-        return loss_D, d_real.mean(), d_fake.mean()
-
-    def g_step():
-        """One update of G: minimise g_loss, with D fixed."""
-        D.requires_grad_(False)
-        x_fake = G(torch.randn(args.batch_size, args.z_dim, device=args.device))
-        loss_G = g_loss(D(x_fake))
-        opt_G.zero_grad()
-        loss_G.backward()
-        opt_G.step()
-        return loss_G
+    def noise(n):
+        """n draws of z ~ N(0, I)."""
+        return torch.randn(n, args.z_dim, device=args.device)
 
     def update():
         """One step: n_critic updates of D, each on its own minibatch, then one of G."""
+        # D: minimise d_loss and the penalty, with G fixed.
+        D.requires_grad_(True)
         for _ in range(args.n_critic):
             x_real, _ = common.sample_batch(args, data)
-            loss_D, d_real, d_fake = d_step(x_real)
-        loss_G = g_step()
-        return {"loss_D": loss_D, "loss_G": loss_G, "d_real": d_real, "d_fake": d_fake}
+            with torch.no_grad():
+                x_fake = G(noise(args.batch_size))
+            d_real, d_fake = D(x_real), D(x_fake)
+            penalty = gradient_penalty(D, x_real, x_fake)
+            loss_D = d_loss(d_real, d_fake) + args.gp_weight * penalty
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
+
+        # G: minimise g_loss, with D fixed.
+        D.requires_grad_(False)
+        loss_G = g_loss(D(G(noise(args.batch_size))))
+        opt_G.zero_grad()
+        loss_G.backward()
+        opt_G.step()
+        scores = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
+        return {"loss_D": loss_D, "loss_G": loss_G, **scores}
 
     @torch.no_grad()
     def sample(z):
@@ -201,32 +191,27 @@ def main(argv=None):
         G.train()
         return x
 
-    def draw(n):
-        """n images of new noise, for --generate."""
-        return sample(torch.randn(n, args.z_dim, device=args.device))
+    # All grids are of the same noise, so that they show the same images changing.
+    fixed_z = noise(common.grid_size(args))
 
-    # A new run begins at step 0, a resumed one at that of its checkpoint.
+    # The steps that are done: none in a new run, with --resume those of the checkpoint.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
-    first = runs.start_run(args, data, state)
+    done = runs.start_run(args, data, state)
     if args.generate:
-        return common.generate(args, draw)
-    if first == 0:
+        return common.generate(args, lambda n: sample(noise(n)))
+    if done == 0:
         common.save_grid(args, 0, sample(fixed_z))
 
     # Train.
     update = runs.cuda_graph(args, data, update)
-    progress = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps)
+    progress = runs.steps(args, done)
     for step in progress:
         values = update()
-        save_due = step % args.save_every == 0 or step == args.steps
-
-        # A loss that is not finite stops the run here, before anything is saved.
-        if save_due or step % args.log_every == 0:
-            progress.set_postfix(runs.log(args, step, values), refresh=False)
-        if save_due:
+        if step % args.log_every == 0:
+            progress.set_postfix(runs.log(args, step, values))
+        if step % args.save_every == 0 or step == args.steps:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
-    runs.finish_run(args)
 
 
 if __name__ == "__main__":
