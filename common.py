@@ -60,8 +60,9 @@ def printable(message):
 
 
 def first_ten(names):
-    """The first ten names, separated by commas."""
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    """The first ten names, separated by commas, and how many there are if there are more."""
+    more = f", ... ({len(names):,} in all)" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def reason(error):
@@ -122,7 +123,7 @@ def load_data(args):
 
     # Only CUDA can say how much memory is free; mps shares the host's.
     device = args.device
-    if "cuda" in device and images.nbytes > torch.cuda.mem_get_info()[0] / 2:
+    if "cuda" in device and images.nbytes >= torch.cuda.mem_get_info()[0] / 2:
         device = "cpu"
         warn(
             f"{args.dataset} takes {images.nbytes / 2**20:,.0f} MiB, over half of the GPU's free "
@@ -132,7 +133,7 @@ def load_data(args):
     line = f"{args.out_dir} on {device_name(args.device)}: {number:,} images of "
     line += f"{channels}x{size}x{size} from {args.dataset}"
     if classes:
-        line += f", {len(classes)} classes: {first_ten(classes)}"
+        line += f", classes: {first_ten(classes)}"
     say(line)
     return Data(number, channels, classes, images.to(device), labels.to(device))
 
@@ -172,7 +173,7 @@ def class_number(label, classes):
     names_are_numbers = all(name.isdecimal() for name in classes)
     if label.isdecimal() and int(label) < len(classes) and not names_are_numbers:
         return int(label)
-    fail(f"--label is {label}: the {len(classes)} classes are {first_ten(classes)}")
+    fail(f"--label is {label}: the classes are {first_ten(classes)}")
 
 
 def draw_digits(n, size, seed):
@@ -273,7 +274,7 @@ def load_folder(folder, size):
     labels = torch.tensor([number_of[parent] for parent in parents])
     without = sorted({file.parts[0] for file in files} - set(classes))
     if without:
-        warn(f"{len(without)} subfolders have no readable image: {first_ten(without)}")
+        warn(f"no readable image in these subfolders: {first_ten(without)}")
     return images, labels, classes
 
 
@@ -288,7 +289,7 @@ def find_images(folder):
     if not images:
         fail(f"no images found in {folder} or its subfolders")
     if others:
-        warn(f"ignored {len(others):,} files that are not images: {first_ten(others)}")
+        warn(f"ignored files that are not images: {first_ten(others)}")
 
     # Flat, or with classes: whichever holds more.
     flat = [file for file in images if len(file.parts) == 1]
@@ -299,8 +300,7 @@ def find_images(folder):
         used, unused = in_subfolders, flat
     if unused:
         where = "beside the class folders" if has_classes else "in subfolders"
-        names = first_ten([file.as_posix() for file in unused])
-        warn(f"ignored {len(unused):,} images {where}: {names}")
+        warn(f"ignored images {where}: {first_ten([file.as_posix() for file in unused])}")
 
     if has_classes:
         check_class_folders(folder, used)
@@ -378,10 +378,9 @@ def decode_images(folder, files, size):
     if not readable:
         fail(f"no image of {folder} can be read: {first_ten(unreadable)}")
     if unreadable:
-        warn(f"cannot read {len(unreadable):,} images: {first_ten(unreadable)}")
+        warn(f"cannot read these images: {first_ten(unreadable)}")
     if animated:
-        names = first_ten(animated)
-        warn(f"{len(animated):,} files have several frames, of which the first is used: {names}")
+        warn(f"only the first frame is used of {first_ten(animated)}")
     return images[: len(readable)], readable
 
 
@@ -439,7 +438,7 @@ def save_grid(args, step, images, columns=None):
     enlarged = F.interpolate(grid[None], scale_factor=factor)[0]
     pixels = enlarged.mul(255).round().byte().cpu()
     file = Path(args.out_dir, "samples", f"{step:06d}.png")
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     # Level 6, the usual one, takes about four times as long for a file that is hardly smaller.
     TF.to_pil_image(pixels).save(file, compress_level=3)
     if args.tensorboard:

@@ -1,32 +1,31 @@
-"""Eight Gaussians: ten ways to train a GAN on a mixture that you can plot.
+"""Eight Gaussians: ten methods of training a GAN on a mixture that you can plot.
 
     python eight_gaussians.py                    all ten: about two minutes of one CPU core
     python eight_gaussians.py --only gan-slow-d  one of them
 
 The real points come from eight Gaussians on a circle. G maps noise to points, and D scores points.
-Each way has the losses of its script, on networks of the same size. In --out-dir this writes
+Each method has the losses of its script, on networks of the same size. In --out-dir this writes
 
-    picture.png     a row for each way, a column for each moment: real points grey, G's in colour
+    picture.png     a row for each method, a column for each moment: real points grey, G's in colour
     movie.gif       the same in motion
     table.csv       how many modes G has found, and how well it hits them
 
-The ways, and what each has of its own (its strength):
+The methods, and what they add:
 
-    gan             Goodfellow et al. 2014                                     Adam's beta1
-    gan-slow-d      the same, but D's learning rate is a fraction of G's       that fraction
-    gan-saturating  the loss of G that saturates                               Adam's beta1
-    lsgan           least squares                                              Adam's beta1
-    wgan            clipped weights, RMSprop, five updates of D                the clip
-    wgan_gp         a gradient penalty, five updates of D                      its weight
-    sngan           spectral norm on each layer of D, hinge loss               factor of D's scores
-    gan-r1          gan with R1 (Mescheder et al. 2018, 1801.04406)            its weight gamma
-    r3gan           a loss on pairs with R1 and R2                             their weight gamma
-    r3gan-r1        the same with R1 alone                                     its weight gamma
+    gan             Goodfellow et al. 2014
+    gan-slow-d      the same, but D learns at a twentieth of G's rate
+    gan-saturating  the loss of G that saturates
+    lsgan           least squares
+    wgan            clipped weights, RMSprop, five updates of D
+    wgan_gp         a gradient penalty, five updates of D
+    sngan           spectral norm on each layer of D, hinge loss
+    gan-r1          gan with R1 (Mescheder et al. 2018, 1801.04406)
+    r3gan           a loss on pairs with R1 and R2
+    r3gan-r1        the same with R1 alone
 
 The learning rate falls linearly to 0 over the second half of the run: with a constant one, G's
-points keep moving. Learning rates and strengths were chosen for each way on seeds 0 to 2, from nine
-pairs (docs/experiments.md), except that gan-slow-d has the settings of gan: it is there to show
-collapse.
+points keep moving. The settings of each method were chosen on seeds 0 to 2, from nine pairs
+(docs/experiments.md), except that gan-slow-d has those of gan: it is there to show collapse.
 
 The data are those of gan_toy.py (github.com/igul222/improved_wgan_training), before it divides them
 by 1.414: radius 2, standard deviation 0.02, after Metz et al. 2016
@@ -40,6 +39,7 @@ The script runs on the CPU, which is enough for networks of this size.
 
 import csv
 import functools
+import json
 import math
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable
@@ -62,28 +62,42 @@ import wgan_gp
 
 
 @dataclass
-class Way:
-    """A way to train: the losses of a script, and its settings."""
+class Method:
+    """The losses of a script, and settings."""
 
     d_loss: Callable  # of D's scores of real points and of fakes
-    g_loss: Callable  # of D's scores of fakes; r3gan's takes those of real points first
-    lr: float
-    strength: float  # see the docstring
+    g_loss: Callable  # of D's scores of fakes; with `pairs`, those of real points come first
     colour: str
+    lr: float = 2e-3
+    lr_D: float | None = None  # as lr
+    betas: tuple = (0.5, 0.9)  # of Adam; the second is that of gan_toy.py
+    n_critic: int = 1  # updates of D per update of G
+    pairs: bool = False
+    clip: float | None = None  # D's weights stay in [-clip, clip]; RMSprop takes Adam's place
+    gp_weight: float = 0.0  # of WGAN-GP's gradient penalty
+    r1: float = 0.0  # weight gamma of the penalty at real points
+    r2: float = 0.0  # the same at fakes
+    score_scale: float | None = None  # with spectral norm in D, whose scores are multiplied by it
 
 
+# With R1, beta1 is 0, as its authors have it.
 saturating = functools.partial(gan.g_loss, saturating=True)
-WAYS = {
-    "gan": Way(gan.d_loss, gan.g_loss, 2e-3, 0.0, "#d1495b"),
-    "gan-slow-d": Way(gan.d_loss, gan.g_loss, 2e-3, 0.05, "#8c2f39"),
-    "gan-saturating": Way(gan.d_loss, saturating, 2e-3, 0.5, "#e07b39"),
-    "lsgan": Way(lsgan.d_loss, lsgan.g_loss, 2e-3, 0.0, "#2e8b57"),
-    "wgan": Way(wgan.d_loss, wgan.g_loss, 1e-3, 0.3, "#2878b5"),
-    "wgan_gp": Way(wgan_gp.d_loss, wgan_gp.g_loss, 2e-3, 1.0, "#6a4c93"),
-    "sngan": Way(sngan.d_loss, sngan.g_loss, 2e-3, 10.0, "#a0522d"),
-    "gan-r1": Way(gan.d_loss, gan.g_loss, 2e-3, 0.1, "#008080"),
-    "r3gan": Way(r3gan.d_loss, r3gan.g_loss, 2e-3, 0.1, "#b8860b"),
-    "r3gan-r1": Way(r3gan.d_loss, r3gan.g_loss, 2e-3, 1.0, "#708238"),
+no_momentum = (0.0, 0.9)
+METHODS = {
+    "gan": Method(gan.d_loss, gan.g_loss, "#d1495b", betas=no_momentum),
+    "gan-slow-d": Method(gan.d_loss, gan.g_loss, "#8c2f39", lr_D=1e-4, betas=no_momentum),
+    "gan-saturating": Method(gan.d_loss, saturating, "#e07b39"),
+    "lsgan": Method(lsgan.d_loss, lsgan.g_loss, "#2e8b57", betas=no_momentum),
+    "wgan": Method(wgan.d_loss, wgan.g_loss, "#2878b5", lr=1e-3, n_critic=5, clip=0.3),
+    "wgan_gp": Method(wgan_gp.d_loss, wgan_gp.g_loss, "#6a4c93", n_critic=5, gp_weight=1.0),
+    "sngan": Method(sngan.d_loss, sngan.g_loss, "#a0522d", score_scale=10.0),
+    "gan-r1": Method(gan.d_loss, gan.g_loss, "#008080", betas=no_momentum, r1=0.1),
+    "r3gan": Method(
+        r3gan.d_loss, r3gan.g_loss, "#b8860b", betas=no_momentum, pairs=True, r1=0.1, r2=0.1
+    ),
+    "r3gan-r1": Method(
+        r3gan.d_loss, r3gan.g_loss, "#708238", betas=no_momentum, pairs=True, r1=1.0
+    ),
 }
 
 # The mixture: the circle's radius, and the standard deviation of each Gaussian.
@@ -97,45 +111,28 @@ COLUMNS = (0, 1, 3, 9, 18, 30)
 
 def parse_args(argv=None):
     p = ArgumentParser(
-        prog="eight_gaussians.py",
+        prog=Path(__file__).name,
         description=__doc__.splitlines()[0],
         usage=SUPPRESS,
         allow_abbrev=False,
         formatter_class=runs.HelpFormatter,
     )
-    p.add_argument("--only", choices=WAYS, help="train in this way alone")
+    p.add_argument("--only", choices=METHODS, help="train with this method alone")
     p.add_argument("--modes", type=runs.positive_int, default=8, help="Gaussians on the circle")
     p.add_argument("--batch-size", type=runs.positive_int, default=256, help="points per update")
     p.add_argument("--width", type=runs.positive_int, default=64, help="units of a hidden layer")
-    p.add_argument("--lr", type=runs.positive_float, help="learning rate (default: each way's own)")
-    p.add_argument(
-        "--strength",
-        type=runs.non_negative_float,
-        help="what a way has of its own, such as wgan's clip (default: each way's own)",
-    )
     p.add_argument("--steps", type=runs.positive_int, default=2000, help="updates of G")
-    p.add_argument(
-        "--seed", type=runs.non_negative_int, default=0, help="seed of all random numbers"
-    )
-    p.add_argument(
-        "--out-dir", type=runs.path, default="runs/eight_gaussians", help="output folder"
-    )
+    p.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
+    p.add_argument("--out-dir", default="runs/eight_gaussians", help="output folder")
     p.add_argument("--overwrite", action="store_true", help="replace the results in --out-dir")
     args = p.parse_args(argv)
-    if args.strength is not None:
-        if args.only is None:
-            p.error("--strength goes with --only, as each way has its own")
-        if args.only in ("gan", "gan-saturating", "lsgan") and args.strength >= 1:
-            p.error(f"--strength is {args.strength}: beta1 must be less than 1")
-    runs.check_writable(p, args.out_dir)
-    if runs.is_used(args.out_dir) and not args.overwrite:
-        p.error(
-            f"{args.out_dir} is not empty: choose another --out-dir, or --overwrite its results"
-        )
+    runs.make_folder(p, args)
+    if runs.script_of(Path(args.out_dir)) not in (None, "eight_gaussians"):
+        p.error(f"{args.out_dir} holds a run of another script: choose another --out-dir")
     return args
 
 
-# --------------------------------------------------------------------------------------------- data
+# data ---------------------------------------------------------------------------------------------
 
 
 def mode_centres(modes):
@@ -150,7 +147,7 @@ def real_points(n, centres):
     return middle + STD * torch.randn(n, 2)
 
 
-def count(points, centres):
+def coverage(points, centres):
     """How well points (N, 2) cover the mixture: the number of modes that are captured, the share of
     points of high quality, and the KL divergence of their histogram over the modes from a uniform
     one, in nats.
@@ -168,7 +165,7 @@ def count(points, centres):
     return int((hits > 0).sum()), good.double().mean().item(), divergence.item()
 
 
-# ----------------------------------------------------------------------------------------- networks
+# networks -----------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
@@ -187,111 +184,102 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Points (N, 2) -> scores (N,). With `scale`, each layer has spectral norm, and the scores are
-    multiplied by it."""
+    """Points (N, 2) or (N, 2, 1, 1) -> scores (N,). With `score_scale`, each layer has spectral
+    norm, and the scores are multiplied by it."""
 
-    def __init__(self, width, scale=None):
+    def __init__(self, width, score_scale=None):
         super().__init__()
         layers = [nn.Linear(2, width), nn.Linear(width, width), nn.Linear(width, width)]
         layers += [nn.Linear(width, 1)]
-        if scale is not None:
-            layers = [sngan.sn(layer) for layer in layers]
+        if score_scale is not None:
+            layers = [sngan.spectral_norm(layer) for layer in layers]
         first, second, third, last = layers
         self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU(), last)
-        self.scale = 1.0 if scale is None else scale
+        self.score_scale = 1.0 if score_scale is None else score_scale
 
     def forward(self, x):
-        return self.scale * self.net(x).flatten()
+        return self.score_scale * self.net(x.flatten(1)).flatten()
 
 
-# ----------------------------------------------------------------------------------------- training
-
-
-def make_optimisers(name, G, D, lr, strength):
-    """The optimisers of G and D for one of the WAYS."""
-    if name == "wgan":
-        opt_G = torch.optim.RMSprop(G.parameters(), lr=lr)
-        return opt_G, torch.optim.RMSprop(D.parameters(), lr=lr)
-
-    # beta1 is 0 with R1, as its authors have it, and 0.5 as in gan_toy.py for most others.
-    betas = (0.5, 0.9)
-    lr_D = lr
-    if name in ("gan", "gan-saturating", "lsgan"):
-        betas = (strength, 0.9)
-    if name in ("gan-r1", "r3gan", "r3gan-r1"):
-        betas = (0.0, 0.9)
-    if name == "gan-slow-d":
-        betas = (WAYS["gan"].strength, 0.9)
-        lr_D = strength * lr
-    opt_G = torch.optim.Adam(G.parameters(), lr=lr, betas=betas, fused=True)
-    return opt_G, torch.optim.Adam(D.parameters(), lr=lr_D, betas=betas, fused=True)
+# training -----------------------------------------------------------------------------------------
 
 
 def train(name, args):
-    """Trains in one of the WAYS. Returns G's points of the same noise, (2500, 2) each, at the start
-    and at MOMENTS moments after it. Exits with an error if they are not finite."""
+    """Trains with one of the METHODS. Returns G's points of the same noise, (2500, 2) each, at the
+    start and at MOMENTS moments after it. Exits with an error if they are not finite."""
     torch.manual_seed(args.seed)
     centres = mode_centres(args.modes)
-    way = WAYS[name]
-    lr = way.lr if args.lr is None else args.lr
-    strength = way.strength if args.strength is None else args.strength
-    G = Generator(args.width)
-    D = Discriminator(args.width, scale=strength if name == "sngan" else None)
-    opt_G, opt_D = make_optimisers(name, G, D, lr, strength)
-    start_rates = [opt.param_groups[0]["lr"] for opt in (opt_G, opt_D)]
-    n_critic = 5 if name in ("wgan", "wgan_gp") else 1
-    fixed_z = torch.randn(2500, 2)
+    method = METHODS[name]
+    G, D = Generator(args.width), Discriminator(args.width, method.score_scale)
+    lr_D = method.lr if method.lr_D is None else method.lr_D
+    if method.clip is None:
+        opt_G = torch.optim.Adam(G.parameters(), lr=method.lr, betas=method.betas, fused=True)
+        opt_D = torch.optim.Adam(D.parameters(), lr=lr_D, betas=method.betas, fused=True)
+    else:
+        opt_G = torch.optim.RMSprop(G.parameters(), lr=method.lr)
+        opt_D = torch.optim.RMSprop(D.parameters(), lr=lr_D)
 
-    def d_step(x_real):
-        """One update of D: minimise d_loss and its penalty, with G fixed."""
+    def noise(n):
+        """n draws of z ~ N(0, I)."""
+        return torch.randn(n, 2)
+
+    def penalties(x_real, x_fake):
+        """What is added to D's loss."""
+        penalty = 0.0
+        if method.gp_weight:
+            images = x_real[:, :, None, None], x_fake[:, :, None, None]
+            penalty = penalty + method.gp_weight * wgan_gp.gradient_penalty(D, *images)
+        if method.r1:
+            penalty = penalty + method.r1 / 2 * r3gan.r1_penalty(D, x_real)
+        if method.r2:
+            penalty = penalty + method.r2 / 2 * r3gan.r1_penalty(D, x_fake)
+        return penalty
+
+    def update():
+        """One step: n_critic updates of D, each on its own points, then one of G."""
+        # D: minimise d_loss and its penalties, with G fixed.
         D.requires_grad_(True)
-        with torch.no_grad():
-            x_fake = G(torch.randn(args.batch_size, 2))
-        loss_D = way.d_loss(D(x_real), D(x_fake))
-        if name == "wgan_gp":
-            loss_D = loss_D + strength * wgan_gp.gradient_penalty(D, x_real, x_fake)
-        if name in ("gan-r1", "r3gan", "r3gan-r1"):
-            loss_D = loss_D + strength / 2 * r3gan.gradient_penalty(D, x_real)
-        if name == "r3gan":
-            loss_D = loss_D + strength / 2 * r3gan.gradient_penalty(D, x_fake)
-        opt_D.zero_grad()
-        loss_D.backward()
-        opt_D.step()
-        if name == "wgan":
+        for _ in range(method.n_critic):
+            x_real = real_points(args.batch_size, centres)
             with torch.no_grad():
-                for w in D.parameters():
-                    w.clamp_(-strength, strength)
+                x_fake = G(noise(args.batch_size))
+            loss_D = method.d_loss(D(x_real), D(x_fake)) + penalties(x_real, x_fake)
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
+            if method.clip is not None:
+                with torch.no_grad():
+                    for w in D.parameters():
+                        w.clamp_(-method.clip, method.clip)
 
-    def g_step():
-        """One update of G: minimise g_loss, with D fixed."""
+        # G: minimise g_loss, with D fixed.
         D.requires_grad_(False)
-        d_fake = D(G(torch.randn(args.batch_size, 2)))
-        if name in ("r3gan", "r3gan-r1"):
-            loss_G = way.g_loss(D(real_points(args.batch_size, centres)), d_fake)
+        d_fake = D(G(noise(args.batch_size)))
+        if method.pairs:
+            loss_G = method.g_loss(D(real_points(args.batch_size, centres)), d_fake)
         else:
-            loss_G = way.g_loss(d_fake)
+            loss_G = method.g_loss(d_fake)
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()
 
+    fixed_z = noise(2500)
     kept = [G(fixed_z).detach()]
     for step in tqdm(range(1, args.steps + 1), name):
         # The learning rates fall to 0 over the second half.
-        left = 1 - (step - 1) / args.steps
-        for opt, rate in zip((opt_G, opt_D), start_rates, strict=True):
-            opt.param_groups[0]["lr"] = rate * min(1.0, 2 * left)
+        left = min(1.0, 2 * (1 - (step - 1) / args.steps))
+        opt_G.param_groups[0]["lr"] = method.lr * left
+        opt_D.param_groups[0]["lr"] = lr_D * left
 
-        for _ in range(n_critic):
-            d_step(real_points(args.batch_size, centres))
-        g_step()
+        update()
         while step * MOMENTS >= len(kept) * args.steps:
             kept.append(G(fixed_z).detach())
             if not kept[-1].isfinite().all():
-                common.fail(f"{name}: a point is not finite at step {step}: try a lower --lr")
+                common.fail(f"{name}: a point is not finite at step {step}")
     return kept
 
 
-# ----------------------------------------------------------------------------------------- pictures
+# pictures -----------------------------------------------------------------------------------------
 
 
 def panel(points, centres, colour, size=150):
@@ -311,12 +299,12 @@ def panel(points, centres, colour, size=150):
 
 def write_pictures(kept, centres, steps, out_dir):
     """Writes picture.png and movie.gif of what `train` returned in `steps` steps, by the names of
-    the WAYS."""
+    the METHODS."""
     torch.manual_seed(0)  # the same real points in all panels
     font = ImageFont.load_default(size=14)
     size = 150
 
-    # A row for each way, below headings with the steps.
+    # A row for each method, below headings with the steps.
     picture = Image.new("RGB", (120 + size * len(COLUMNS), 24 + size * len(kept)), "white")
     pen = ImageDraw.Draw(picture)
     for column, moment in enumerate(COLUMNS):
@@ -326,7 +314,7 @@ def write_pictures(kept, centres, steps, out_dir):
     for row, (name, moments) in enumerate(kept.items()):
         pen.text((6, 24 + (row + 0.5) * size), name, "black", font, anchor="lm")
         for column, moment in enumerate(COLUMNS):
-            tile = panel(moments[moment], centres, WAYS[name].colour)
+            tile = panel(moments[moment], centres, METHODS[name].colour)
             picture.paste(tile, (120 + size * column, 24 + size * row))
     picture.save(out_dir / "picture.png")
 
@@ -340,7 +328,7 @@ def write_pictures(kept, centres, steps, out_dir):
         for k, (name, moments) in enumerate(kept.items()):
             left, top = size * (k % columns), (size + 20) * (k // columns)
             pen.text((left + size / 2, top + 10), name, "black", font, anchor="mm")
-            frame.paste(panel(moments[moment], centres, WAYS[name].colour), (left, top + 20))
+            frame.paste(panel(moments[moment], centres, METHODS[name].colour), (left, top + 20))
         frames.append(frame)
     durations = [150] * MOMENTS + [2000]  # milliseconds: the last one stays
     frames[0].save(
@@ -351,23 +339,25 @@ def write_pictures(kept, centres, steps, out_dir):
 def main(argv=None):
     args = parse_args(argv)
     centres = mode_centres(args.modes)
-    kept = {name: train(name, args) for name in WAYS if args.only in (None, name)}
+    kept = {name: train(name, args) for name in METHODS if args.only in (None, name)}
 
     # The table: how G's points cover the mixture at the end, and how many modes they covered on
     # average over the run. Real points are there for comparison.
-    rows = [["way", "modes", "high_quality", "kl", "mean_modes"]]
+    rows = [["method", "modes", "high_quality", "kl", "mean_modes"]]
     for name, moments in kept.items():
-        modes, high_quality, divergence = count(moments[-1], centres)
-        all_modes = [count(points, centres)[0] for points in moments[1:]]
+        modes, high_quality, divergence = coverage(moments[-1], centres)
+        all_modes = [coverage(points, centres)[0] for points in moments[1:]]
         mean_modes = sum(all_modes) / len(all_modes)
         rows.append([name, modes, f"{high_quality:.3f}", f"{divergence:.3f}", f"{mean_modes:.1f}"])
-    modes, high_quality, divergence = count(real_points(2500, centres), centres)
+    modes, high_quality, divergence = coverage(real_points(2500, centres), centres)
     rows.append(["real points", modes, f"{high_quality:.3f}", f"{divergence:.3f}", f"{modes:.1f}"])
     for row in rows:
         print("{:15} {:>6} {:>13} {:>7} {:>11}".format(*row))
 
+    # args.json says whose folder this is.
     out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    about = json.dumps({"script": "eight_gaussians", **vars(args)}, indent=1)
+    (out_dir / "args.json").write_text(about, "utf-8")
     write_pictures(kept, centres, args.steps, out_dir)
     with open(out_dir / "table.csv", "w", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows(rows)

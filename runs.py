@@ -109,6 +109,8 @@ def parse_args(p, argv, signed=()):
     if args.resume or args.generate:
         args = parse_with_run(p, argv, args)
     else:
+        if args.init and Path(args.init).resolve().parent == Path(args.out_dir).resolve():
+            p.error(f"{args.init} is in --out-dir, whose run is replaced: choose another --out-dir")
         make_folder(p, args)
 
     # Flags that need something of this machine.
@@ -229,8 +231,6 @@ def make_folder(p, args):
         p.error(f"{folder} is not empty: choose another --out-dir")
     if is_used and not args.overwrite:
         p.error(f"{folder} holds a run: --resume it, --overwrite it, or choose another --out-dir")
-    if is_used and args.init and Path(args.init).resolve().parent == folder.resolve():
-        p.error(f"--overwrite would delete {args.init}: choose another --out-dir")
 
 
 def script_of(folder):

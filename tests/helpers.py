@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import CIFAR10
 
 import common
+import runs
 
 NAMES = ("gan", "dcgan", "cgan", "lsgan", "wgan", "wgan_gp", "sngan")
 CONVOLUTIONAL = NAMES[1:]
@@ -115,6 +116,8 @@ def train(name, run, *flags, data=None, small=SMALL, device="cpu"):
         flags = ["--labels", 2, "--width", 32, *flags]
     if name == "stacked_gan" and small:
         small = f"{small} --encoder-steps 2"
+    if name == "stylegan2":
+        small = small.replace("--width", "--width-at-64")
     if data is None:
         data = Path("many" if name == "ssgan" else "pictures")
         if name == "ssgan" and not data.exists():
@@ -168,7 +171,7 @@ class _Enough(Exception):
 
 def open_script(name, *flags, run=None, dataset=None):
     """Runs a script's main up to its loop, on small networks and six pictures of three classes.
-    Returns the local variables of main: args, data, networks, d_step, g_step, update, state ..."""
+    Returns the local variables of main: args, data, networks, update, state ..."""
     if dataset is None:
         dataset = Path("six")
         for k in range(0 if dataset.exists() else 6):
@@ -177,13 +180,18 @@ def open_script(name, *flags, run=None, dataset=None):
             Image.fromarray(np.roll(picture(k % 2), 3 * k, axis=1)).save(file)
     caught = SimpleNamespace()
 
-    def tqdm(*args, **kwargs):
+    def steps(args, done):
         caught.__dict__.update(sys._getframe(1).f_locals)
         raise _Enough
 
     argv = ["--dataset", dataset, "--out-dir", run or f"opened-{name}", "--device", "cpu"]
-    argv += [*SMALL.split(), *flags]
-    with mock.patch.object(SCRIPTS[name], "tqdm", tqdm), pytest.raises(_Enough):
+    small = SMALL
+    if name == "stylegan2":
+        small = SMALL.replace("--width", "--width-at-64")
+    if name == "stacked_gan":
+        small = f"{SMALL} --encoder-steps 2"
+    argv += [*small.split(), *flags]
+    with mock.patch.object(runs, "steps", steps), pytest.raises(_Enough):
         SCRIPTS[name].main([str(flag) for flag in argv])
     return caught
 

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import nn
 
 import began
-import common
 import ebgan
 
 
@@ -56,14 +55,18 @@ def test_began_losses():
     "k, l_fake, new_k, measure",
     [(0.5, 0.4, 0.56, 2.6), (0.5, 3.0, 0.3, 4.0), (0.1, 3.0, 0.0, 4.0), (0.99, 0.4, 1.0, 2.6)],
 )
-def test_k_and_the_measure(k, l_fake, new_k, measure):
+def test_k_and_the_measure(k, l_fake, new_k, measure, monkeypatch):
     """gamma 0.5 and E[D(x)] = 2: k rises when fakes are easier to reconstruct than half of that,
     falls when they are harder, and stays in [0, 1]."""
-    k = torch.tensor(k)
-    M = began.move_k(k, torch.tensor(2.0), torch.tensor(l_fake, requires_grad=True), 0.5, 0.1)
-    assert k.item() == pytest.approx(new_k)
-    assert M.item() == pytest.approx(measure)
-    assert not k.requires_grad
+    run = open_script("began", "--lambda-k", 0.1)
+    run.k.fill_(k)
+    bias = next(run.D.parameters())
+    run.D.forward = lambda x: 2 + 0 * (bias.sum() + x.sum((1, 2, 3)))
+    monkeypatch.setattr(began, "g_loss", lambda d_fake: l_fake + 0 * d_fake.mean())
+    values = run.update()
+    assert values["k"].item() == run.k.item() == pytest.approx(new_k)
+    assert values["M"].item() == pytest.approx(measure)
+    assert not run.k.requires_grad
 
 
 def test_energies():
@@ -88,7 +91,7 @@ def test_networks(name, image_size):
     assert x.shape == (4, 1, image_size, image_size)
     assert D(x).shape == (4,) and (D(x) > 0).all()
     if name == "ebgan":
-        assert D.encode(x).shape == (4, 4 * image_size // 4, 4, 4)
+        assert D.encoder(x).shape == (4, 4 * image_size // 4, 4, 4)
     normalised = [m for m in [*G.modules(), *D.modules()] if isinstance(m, nn.BatchNorm2d)]
     assert bool(normalised) == (name == "ebgan")
 
@@ -116,33 +119,45 @@ def test_the_gradient_of_the_energy_goes_through_image_and_reconstruction(name):
 
 
 @pytest.mark.parametrize("name", ["ebgan", "began"])
-def test_the_gradient_of_g_step(name):
+def test_the_gradient_of_G(name):
     """That of g_loss, with pulling-away in ebgan, through all of D."""
     flags = ["--pt-weight", 3] if name == "ebgan" else []
-    run, seen = open_script(name, *flags), []
-    G, D = copy.deepcopy(run.G), copy.deepcopy(run.D)
-    run.G.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0]))
-    loss_G = run.g_step()
-    x_fake = G(seen[0])
+    run, noise, networks = open_script(name, *flags), [], []
+    run.G.register_forward_hook(lambda m, inputs, out: noise.append(inputs[0]))
+    run.opt_D.register_step_post_hook(
+        lambda *_: networks.extend([copy.deepcopy(run.G), copy.deepcopy(run.D)])
+    )
+    loss_G = run.update()["loss_G"]
+    G, D = networks
+    x_fake = G(noise[1])
     expected = D(x_fake).mean()
     if name == "ebgan":
-        expected = expected + 3 * ebgan.pulling_away(D.encode(x_fake))
+        expected = expected + 3 * ebgan.pulling_away(D.encoder(x_fake))
+    G.zero_grad()
     expected.backward()
     assert loss_G.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(run.G.parameters(), G.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_d_step_has_its_margin_and_k():
-    for name, flags in (("ebgan", ["--margin", 100]), ("began", [])):
+def test_the_loss_of_D_has_its_margin_and_k():
+    for name, flags in (("ebgan", ["--margin", 100]), ("began", ["--lambda-k", 0])):
         run = open_script(name, *flags)
         if name == "began":
             run.k.fill_(0.7)
-        x_real, _ = common.sample_batch(run.args, run.data)
-        loss_D, d_real, d_fake = run.d_step(x_real)
+        values = run.update()
+        loss_D, d_real, d_fake = (values[key] for key in ("loss_D", "d_real", "d_fake"))
         expected = d_real + 100 - d_fake if name == "ebgan" else d_real - 0.7 * d_fake
         assert loss_D.item() == pytest.approx(expected.item(), rel=1e-4)
         assert d_real != d_fake
+
+
+@pytest.mark.parametrize("name", ["ebgan", "began"])
+def test_the_flags_of_adam_reach_both_optimisers(name):
+    run = open_script(name, "--lr", 0.125, "--beta1", 0.25, "--beta2", 0.75)
+    for opt in (run.opt_G, run.opt_D):
+        group = opt.param_groups[0]
+        assert float(group["lr"]) == 0.125 and group["betas"] == (0.25, 0.75)
 
 
 def test_k_moves_is_logged_and_survives_a_resume():

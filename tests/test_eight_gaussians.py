@@ -28,7 +28,7 @@ def test_real_points():
     torch.manual_seed(0)
     centres = eight_gaussians.mode_centres(8)
     points = eight_gaussians.real_points(40_000, centres)
-    modes, high_quality, divergence = eight_gaussians.count(points, centres)
+    modes, high_quality, divergence = eight_gaussians.coverage(points, centres)
     assert modes == 8 and divergence < 0.001
     assert high_quality == pytest.approx(1 - math.exp(-4.5), abs=0.002)
     offsets = points - centres[torch.cdist(points, centres).argmin(1)]
@@ -40,27 +40,27 @@ def test_counting():
     centres = eight_gaussians.mode_centres(4)
     near, far = torch.tensor([[0.058, 0.0]]), torch.tensor([[0.0, 0.062]])
     points = torch.cat([centres[:1], centres[:1] + near, centres[1:2] - near, centres[2:3] + far])
-    modes, high_quality, divergence = eight_gaussians.count(points, centres)
+    modes, high_quality, divergence = eight_gaussians.coverage(points, centres)
     assert modes == 2 and high_quality == 0.75
     expected = 2 / 3 * math.log(8 / 3) + 1 / 3 * math.log(4 / 3)
     assert divergence == pytest.approx(expected, rel=1e-5)
-    assert eight_gaussians.count(centres, centres) == (4, 1.0, 0.0)
-    modes, high_quality, divergence = eight_gaussians.count(centres[:1], centres)
+    assert eight_gaussians.coverage(centres, centres) == (4, 1.0, 0.0)
+    modes, high_quality, divergence = eight_gaussians.coverage(centres[:1], centres)
     assert modes == 1 and divergence == pytest.approx(math.log(4), rel=1e-5)
-    assert eight_gaussians.count(torch.zeros(5, 2), centres)[:2] == (0, 0.0)
+    assert eight_gaussians.coverage(torch.zeros(5, 2), centres)[:2] == (0, 0.0)
 
 
 def test_the_losses_are_those_of_the_scripts():
     scripts = {"gan-slow-d": "gan", "gan-saturating": "gan", "gan-r1": "gan", "r3gan-r1": "r3gan"}
-    for name, way in eight_gaussians.WAYS.items():
+    for name, method in eight_gaussians.METHODS.items():
         module = SCRIPTS[scripts.get(name, name)]
-        assert way.d_loss is module.d_loss
+        assert method.d_loss is module.d_loss
         if name == "gan-saturating":
-            assert isinstance(way.g_loss, functools.partial)
-            assert way.g_loss.func is module.g_loss
-            assert way.g_loss.keywords == {"saturating": True}
+            assert isinstance(method.g_loss, functools.partial)
+            assert method.g_loss.func is module.g_loss
+            assert method.g_loss.keywords == {"saturating": True}
         else:
-            assert way.g_loss is module.g_loss
+            assert method.g_loss is module.g_loss
 
 
 @pytest.fixture
@@ -74,13 +74,13 @@ def watched(monkeypatch):
             return step(self, *args)
 
         monkeypatch.setattr(optimiser, "step", step)
-    for module in (wgan_gp, r3gan):
+    for module, penalty in ((wgan_gp, wgan_gp.gradient_penalty), (r3gan, r3gan.r1_penalty)):
 
-        def penalty(D, *x, penalty=module.gradient_penalty, name=module.__name__):
+        def watched_penalty(D, *x, penalty=penalty, name=module.__name__):
             seen.penalties.append((name, x))
             return penalty(D, *x)
 
-        monkeypatch.setattr(module, "gradient_penalty", penalty)
+        monkeypatch.setattr(module, penalty.__name__, watched_penalty)
 
     class Discriminator(eight_gaussians.Discriminator):
         def __init__(self, *args, **kwargs):
@@ -91,13 +91,14 @@ def watched(monkeypatch):
     return seen
 
 
+NO_MOMENTUM = ("gan", "gan-slow-d", "lsgan", "gan-r1", "r3gan", "r3gan-r1")
 FLAGS = "--steps 2 --width 16 --batch-size 8"
 
 
-@pytest.mark.parametrize("name", eight_gaussians.WAYS)
-def test_what_a_way_has_of_its_own(name, watched):
+@pytest.mark.parametrize("name", eight_gaussians.METHODS)
+def test_what_a_method_has_of_its_own(name, watched):
     """Updates of D, clipped weights, penalties, spectral norm, and a slow D."""
-    args = eight_gaussians.parse_args([*FLAGS.split(), "--lr", "0.01"])
+    args = eight_gaussians.parse_args(FLAGS.split())
     kept = eight_gaussians.train(name, args)
     assert len(kept) == eight_gaussians.MOMENTS + 1 and kept[0].shape == (2500, 2)
     assert torch.stack(kept).isfinite().all() and not torch.equal(kept[0], kept[-1])
@@ -108,7 +109,10 @@ def test_what_a_way_has_of_its_own(name, watched):
     assert optimisers.count(optimisers[-1]) == 2, "one update of G per step"
     assert isinstance(optimisers[-1], torch.optim.RMSprop if name == "wgan" else torch.optim.Adam)
     rate_D, rate_G = watched.steps[0][1], watched.steps[several * 4 + 1][1]
-    assert rate_G == 0.01 and rate_D == pytest.approx(0.0005 if name == "gan-slow-d" else 0.01)
+    assert rate_G == (1e-3 if name == "wgan" else 2e-3)
+    assert rate_D == (1e-4 if name == "gan-slow-d" else rate_G)
+    betas = {(0.0, 0.9)} if name in NO_MOMENTUM else {(0.5, 0.9)}
+    assert {optimiser.param_groups[0].get("betas", (0.5, 0.9)) for optimiser in optimisers} == betas
 
     penalties = {"wgan_gp": ["wgan_gp"] * 10, "gan-r1": ["r3gan"] * 2}
     penalties |= {"r3gan-r1": ["r3gan"] * 2, "r3gan": ["r3gan"] * 4}
@@ -125,37 +129,48 @@ def test_what_a_way_has_of_its_own(name, watched):
     assert normed == [name == "sngan"] * 4
 
 
-def test_wgan_clips_all_weights_of_D(watched):
-    args = eight_gaussians.parse_args([*FLAGS.split(), "--only", "wgan", "--strength", "0.05"])
-    eight_gaussians.train("wgan", args)
+def test_wgan_clips_all_weights_of_D(watched, monkeypatch):
+    monkeypatch.setattr(eight_gaussians.METHODS["wgan"], "clip", 0.05)
+    eight_gaussians.train("wgan", eight_gaussians.parse_args(FLAGS.split()))
     largest = [w.abs().max().item() for w in watched.critics[-1].parameters()]
     assert max(largest) == pytest.approx(0.05) and min(largest) > 0.01
 
 
-@pytest.mark.parametrize("name", eight_gaussians.WAYS)
-def test_the_strength_changes_the_run(name):
+@pytest.mark.parametrize(
+    "name, setting",
+    [
+        ("wgan", "clip"),
+        ("wgan_gp", "gp_weight"),
+        ("sngan", "score_scale"),
+        ("gan-r1", "r1"),
+        ("r3gan", "r2"),
+        ("r3gan-r1", "r1"),
+    ],
+)
+def test_each_setting_changes_the_run(name, setting, monkeypatch):
     runs = []
-    for strength in ("0.3", "0.6"):
-        flags = [*FLAGS.split(), "--only", name, "--strength", strength]
-        args = eight_gaussians.parse_args(flags)
+    for value in (0.3, 0.6):
+        monkeypatch.setattr(eight_gaussians.METHODS[name], setting, value)
+        args = eight_gaussians.parse_args(FLAGS.split())
         runs.append(eight_gaussians.train(name, args)[-1])
     assert not torch.equal(*runs)
 
 
-@pytest.mark.parametrize("flags", ["--strength 0.5", "--only gan --strength 1"])
-def test_a_strength_that_makes_no_sense_is_one_line(flags, capsys):
-    with pytest.raises(SystemExit):
-        eight_gaussians.parse_args(flags.split())
-    line = capsys.readouterr().err
-    assert "--strength" in line and line.count("\n") == 1
+def test_every_update_of_D_has_points_of_its_own(monkeypatch):
+    drawn, real_points = [], eight_gaussians.real_points
+    monkeypatch.setattr(
+        eight_gaussians,
+        "real_points",
+        lambda *args: drawn.append(real_points(*args)) or drawn[-1],
+    )
+    eight_gaussians.train("wgan", eight_gaussians.parse_args(FLAGS.split()))
+    assert len({tuple(points.flatten().tolist()) for points in drawn}) == 10
 
 
 def test_the_learning_rates_fall_over_the_second_half(watched):
-    args = eight_gaussians.parse_args(
-        ["--steps", "10", "--width", "8", "--batch-size", "8", "--lr", "1"]
-    )
+    args = eight_gaussians.parse_args(["--steps", "10", "--width", "8", "--batch-size", "8"])
     eight_gaussians.train("gan", args)
-    expected = [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    expected = [2e-3 * left for left in (1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2)]
     assert [lr for _, lr in watched.steps[::2]] == pytest.approx(expected)
     assert [lr for _, lr in watched.steps[1::2]] == pytest.approx(expected)
 
@@ -168,7 +183,7 @@ def test_a_pair_is_compared_with_real_points_of_its_own(monkeypatch):
         calls.append((d_real, d_fake))
         return r3gan.g_loss(d_real, d_fake)
 
-    monkeypatch.setattr(eight_gaussians.WAYS["r3gan"], "g_loss", g_loss)
+    monkeypatch.setattr(eight_gaussians.METHODS["r3gan"], "g_loss", g_loss)
     drawn = []
     real_points = eight_gaussians.real_points
     monkeypatch.setattr(
@@ -179,13 +194,20 @@ def test_a_pair_is_compared_with_real_points_of_its_own(monkeypatch):
     assert all(not torch.equal(d_real, d_fake) for d_real, d_fake in calls)
 
 
-def test_main_writes_its_results(tmp_path, capsys):
+def test_main_writes_its_results(tmp_path, capsys, monkeypatch):
+    """mean_modes is the mean over all moments of the run but its start."""
+    counts, coverage = [], eight_gaussians.coverage
+    monkeypatch.setattr(
+        eight_gaussians, "coverage", lambda *a: counts.append(coverage(*a)) or counts[-1]
+    )
     flags = ["--steps", "3", "--width", "8", "--batch-size", "8"]
     flags += ["--out-dir", str(tmp_path / "run")]
     eight_gaussians.main(flags)
     rows = list(csv.DictReader((tmp_path / "run" / "table.csv").read_text().splitlines()))
-    assert [row["way"] for row in rows] == [*eight_gaussians.WAYS, "real points"]
+    assert [row["method"] for row in rows] == [*eight_gaussians.METHODS, "real points"]
     assert rows[-1]["mean_modes"] == "8.0"
+    all_modes = [modes for modes, *_ in counts[1 : eight_gaussians.MOMENTS + 1]]
+    assert rows[0]["mean_modes"] == f"{sum(all_modes) / eight_gaussians.MOMENTS:.1f}"
     assert float(rows[-1]["high_quality"]) == pytest.approx(0.989, abs=0.01)
     assert rows[-1]["modes"] == "8"
     printed = capsys.readouterr()
@@ -198,6 +220,6 @@ def test_main_writes_its_results(tmp_path, capsys):
     with pytest.raises(SystemExit):
         eight_gaussians.main(flags)
     line = capsys.readouterr().err
-    assert "run is not empty: choose another --out-dir" in line and line.count("\n") == 1
+    assert "run holds a run: --resume it, --overwrite it" in line and line.count("\n") == 1
     eight_gaussians.main([*flags, "--overwrite", "--only", "gan"])
     assert len((tmp_path / "run" / "table.csv").read_text().splitlines()) == 3

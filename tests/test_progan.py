@@ -1,5 +1,6 @@
 """progan.py: growing, its layers by hand, the penalty, and one picture through all stages."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,11 @@ import wgan_gp
 
 def test_stages():
     """Each trains for 10 steps, and the next one fades in for 10, linearly."""
-    expected = {1: (0, 1), 10: (0, 1), 11: (1, 0), 12: (1, 0.1), 20: (1, 0.9), 21: (1, 1)}
-    expected |= {30: (1, 1), 31: (2, 0), 40: (2, 0.9), 41: (2, 1), 50: (2, 1), 1000: (2, 1)}
+    expected = {1: (0, None), 10: (0, None), 11: (1, 0), 12: (1, 0.1), 20: (1, 0.9), 21: (1, None)}
+    expected |= {30: (1, None), 31: (2, 0), 40: (2, 0.9), 41: (2, None), 1000: (2, None)}
     for step, stage_and_fade in expected.items():
         assert progan.stage_and_fade(step, 10, 16) == pytest.approx(stage_and_fade)
-    assert progan.stage_and_fade(1, 0, 16) == (2, 1), "without growing"
+    assert progan.stage_and_fade(1, 0, 16) == (2, None), "without growing"
 
 
 def test_a_fade_begins_with_the_networks_of_the_stage_before():
@@ -39,11 +40,11 @@ def test_a_fade_begins_with_the_networks_of_the_stage_before():
     z = torch.randn(4, 6)
     for stage in (1, 2):
         size = 4 * 2**stage
-        small, image = G(z, stage - 1, 1.0), G(z, stage, 0.0)
+        small, image = G(z, stage - 1), G(z, stage, 0.0)
         assert image.shape == (4, 3, size, size)
         assert torch.allclose(image, interpolate(small, scale_factor=2), atol=1e-6)
         x = torch.randn(4, 3, size, size)
-        expected = D(avg_pool2d(x, 2), stage - 1, 1.0)
+        expected = D(avg_pool2d(x, 2), stage - 1)
         assert torch.allclose(D(x, stage, 0.0), expected, atol=1e-5)
 
 
@@ -51,20 +52,20 @@ def test_a_fade_goes_on_evenly_and_ends_without_the_stage_before():
     torch.manual_seed(0)
     G, D = progan.Generator(6, 8, 3, 16), progan.Discriminator(8, 3, 16)
     z, x = torch.randn(4, 6), torch.randn(4, 3, 16, 16)
-    start, middle, end = (G(z, 2, fade) for fade in (0.0, 0.5, 1.0))
+    start, middle, end = (G(z, 2, fade) for fade in (0.0, 0.5, None))
     assert torch.allclose(middle, (start + end) / 2, atol=1e-5)
     assert torch.allclose(G(z, 2, 1 - 1e-6), end, atol=1e-4)
-    assert torch.allclose(D(x, 2, 1 - 1e-6), D(x, 2, 1.0), atol=1e-4)
-    assert not torch.allclose(D(x, 2, 0.5), D(x, 2, 1.0), atol=1e-3)
-    G(z, 2, 1.0).sum().backward()
+    assert torch.allclose(D(x, 2, 1 - 1e-6), D(x, 2), atol=1e-4)
+    assert not torch.allclose(D(x, 2, 0.5), D(x, 2), atol=1e-3)
+    G(z, 2).sum().backward()
     assert G.to_rgb[1].weight.grad is None and G.to_rgb[2].weight.grad is not None
 
 
 def test_real_images_fade_too():
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     x = interpolate(x, scale_factor=2)  # 8x8, pairs of equal pixels
-    assert torch.equal(progan.reals_at(x, 0, 1.0), x[:, :, ::2, ::2])
-    assert torch.equal(progan.reals_at(x, 1, 1.0), x)
+    assert torch.equal(progan.reals_at(x, 0, None), x[:, :, ::2, ::2])
+    assert torch.equal(progan.reals_at(x, 1, None), x)
     x = torch.zeros(1, 1, 8, 8)
     x[0, 0, 0, 0] = 8
     faded = progan.reals_at(x, 1, 0.25)[0, 0]
@@ -101,10 +102,10 @@ def test_networks():
     torch.manual_seed(0)
     G, D = progan.Generator(6, 8, 3, 32), progan.Discriminator(8, 3, 32)
     z = torch.randn(4, 6)
-    assert torch.allclose(G(z, 3, 1.0), G(5 * z, 3, 1.0), atol=1e-4)
+    assert torch.allclose(G(z, 3), G(5 * z, 3), atol=1e-4)
     norms = [sum(isinstance(m, progan.PixelNorm) for m in net.modules()) for net in (G, D)]
     assert norms == [9, 0]
-    assert G(z, 3, 1.0).shape == (4, 3, 32, 32) and D(G(z, 3, 1.0), 3, 1.0).shape == (4,)
+    assert G(z, 3).shape == (4, 3, 32, 32) and D(G(z, 3), 3).shape == (4,)
     channels = [progan.channels_at(size, 128) for size in (4, 8, 16, 32, 64)]
     assert channels == [128, 128, 128, 128, 64]
     # The first layer has the gain of a 4x4 convolution.
@@ -113,21 +114,22 @@ def test_networks():
     assert first(noise).std().item() == pytest.approx(2**0.5 / 4, rel=0.1)
     with torch.no_grad():
         G.to_rgb[3].bias += 5
-    assert G(z, 3, 1.0).max() > 4
+    assert G(z, 3).max() > 4
 
 
 def test_minibatch_deviation():
-    """One number of the whole batch."""
+    """One number of the whole batch, as one more channel."""
     x = torch.randn(6, 3, 4, 4)
-    y = progan.minibatch_deviation(x, group=6)
-    assert y.shape == (6, 1, 4, 4)
-    assert torch.allclose(y, x.std(0, correction=0).mean().expand_as(y), rtol=1e-4)
+    y = progan.MinibatchDeviation(math.inf)(x)
+    assert y.shape == (6, 4, 4, 4) and torch.equal(y[:, :3], x)
+    expected = x.std(0, correction=0).mean()
+    assert torch.allclose(y[:, 3:], expected.expand(6, 1, 4, 4), rtol=1e-4)
 
 
 def test_D_compares_the_images_of_a_batch():
     D = progan.Discriminator(8, 3, 16)
     x = torch.randn(3, 3, 16, 16)
-    assert not torch.allclose(D(x[[0, 1]], 2, 1.0)[0], D(x[[0, 2]], 2, 1.0)[0])
+    assert not torch.allclose(D(x[[0, 1]], 2)[0], D(x[[0, 2]], 2)[0])
 
 
 @pytest.mark.parametrize("gamma", [1.0, 750.0])
@@ -152,25 +154,38 @@ def test_gradient_penalty_with_gamma_1_is_that_of_wgan_gp():
     assert torch.allclose(results[0][1], results[1][1])
 
 
-def test_d_step(monkeypatch):
+def test_the_loss_of_D(monkeypatch):
     """The loss, the weighted penalty, and the one on scores of real images; real and fake images
     never share a batch, whose statistic would tell them apart."""
-    run, sizes = open_script("progan", "--stage-steps", 0), []
+    run, scores = open_script("progan", "--stage-steps", 0), []
     monkeypatch.setattr(
         progan, "gradient_penalty", lambda D, x, y, gamma: torch.tensor(gamma / 750)
     )
-    run.D.register_forward_hook(lambda m, inputs, out: sizes.append(len(inputs[0])))
+    run.D.register_forward_hook(lambda m, inputs, out: scores.append(out.detach()))
     with torch.no_grad():
-        run.D.last[-1].weight *= 50
-        run.D.last[-1].bias += 100
-    x_real = torch.rand(4, 3, 16, 16) * torch.tensor([-9.0, 0, 3, 9]).reshape(4, 1, 1, 1)
-    with torch.no_grad():
-        scores = run.D(x_real, 2, 1.0)
-    loss_D, d_real, d_fake = run.d_step(x_real, 2, 1.0)
-    expected = d_fake - d_real + 10 + 0.001 * scores.square().mean()
+        run.D.blocks[0][-1].weight *= 50
+        run.D.blocks[0][-1].bias += 100
+    loss_D = run.update(2, None)["loss_D"]
+    real, fake, _ = scores
+    expected = fake.mean() - real.mean() + 10 + 0.001 * real.square().mean()
     assert loss_D.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert abs(d_fake - d_real) > 1 and scores.var(correction=0) > 100
-    assert sizes == [4, 4, 4]
+    assert real.square().mean() > 1000 and [len(part) for part in scores] == [4, 4, 4]
+
+
+def test_the_penalty_trains_D():
+    """One update with it leads to other weights than one without it."""
+    weights = []
+    for run, weight in (("with", 10), ("without", 0)):
+        train("progan", run, "--steps", 1, "--stage-steps", 0, "--gp-weight", weight)
+        weights.append(checkpoint(run)["state"]["D"]["blocks.0.1.weight"])
+    assert not torch.equal(*weights)
+
+
+def test_the_flags_of_adam_reach_both_optimisers():
+    run = open_script("progan", "--lr", 0.125, "--beta1", 0.25, "--beta2", 0.75)
+    for opt in (run.opt_G, run.opt_D):
+        assert opt.param_groups[0]["lr"] == 0.125
+        assert opt.param_groups[0]["betas"] == (0.25, 0.75)
 
 
 def test_adam_starts_anew_with_each_part_of_a_stage():
@@ -199,7 +214,7 @@ def test_the_average_draws_the_images_enlarged():
         G = progan.Generator(6, 8, 3, 16)
         G.load_state_dict(saved[part])
         with torch.no_grad():
-            grids[part] = interpolate(G(saved["fixed_z"], 0, 1.0), 16)
+            grids[part] = interpolate(G(saved["fixed_z"], 0), 16)
     drawn = first_image("run", 6)
     for part, close in (("average", True), ("G", False)):
         difference = grids[part][0].clamp(-1, 1) - drawn
@@ -218,6 +233,11 @@ def test_the_average():
 
 
 def test_generate_draws_at_the_stage_of_the_run():
+    """Also of one that was stopped in its first stage, whose pixels are repeated 4 times."""
+    train("progan", "small", "--stage-steps", 10, "--steps", 5)
+    progan.main(["--out-dir", "small", "--device", "cpu", "--generate", "1"])
+    image = np.asarray(Image.open("small/generated/000000.png"), int)
+    assert (image == image[::4, ::4].repeat(4, 0).repeat(4, 1)).all()
     train("progan", "run", "--stage-steps", 1, "--steps", 6)
     progan.main(["--out-dir", "run", "--device", "cpu", "--generate", "1"])
     image = np.asarray(Image.open("run/generated/000000.png"), int)
@@ -234,6 +254,6 @@ def test_learns_one_picture_through_all_stages():
     G = progan.Generator(6, 8, 3, 16)
     G.load_state_dict(checkpoint("run")["state"]["G"])
     with torch.no_grad():
-        images = (G(torch.randn(8, 6), 2, 1.0).permute(0, 2, 3, 1).numpy() + 1) * 127.5
+        images = (G(torch.randn(8, 6), 2).permute(0, 2, 3, 1).numpy() + 1) * 127.5
     distances = [[np.abs(image - picture(k)).mean() for k in (0, 1)] for image in images]
     assert all(near < 45 and near < far for near, far in distances), distances

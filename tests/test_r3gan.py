@@ -1,6 +1,7 @@
-"""r3gan.py: the loss on pairs, both penalties, networks that are linear at the start, Adam, and the
+"""r3gan.py: the loss on pairs, both penalties, networks that are linear at the start, and the
 schedules."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from helpers import (
 )
 from torch import nn
 
+import common
 import r3gan
 import runs
 
@@ -46,11 +48,11 @@ def test_losses_compare_pairs():
     assert crossed == pytest.approx((math.log(1 + math.exp(10)) + math.log(1 + math.exp(-10))) / 2)
 
 
-def test_gradient_penalty():
+def test_r1_penalty():
     """||w||^2 for D(x) = wx, for inputs of any shape, with a gradient to D."""
     for shape in ((5, 2), (5, 3, 4, 4)):
         w = torch.randn(math.prod(shape[1:]), requires_grad=True)
-        penalty = r3gan.gradient_penalty(lambda x, w=w: x.flatten(1) @ w, torch.randn(shape))
+        penalty = r3gan.r1_penalty(lambda x, w=w: x.flatten(1) @ w, torch.randn(shape))
         assert penalty.item() == pytest.approx(w.square().sum().item(), rel=1e-5)
         (grad,) = torch.autograd.grad(penalty, w)
         assert torch.allclose(grad, 2 * w, rtol=1e-4)
@@ -97,27 +99,28 @@ def test_published_size():
 
 
 def test_resampling_keeps_a_constant_and_has_the_filter():
-    up, down = r3gan.Resample(up=True), r3gan.Resample(up=False)
+    up, down = r3gan.Double(), r3gan.Halve()
     x = torch.ones(1, 2, 8, 8)
     assert torch.allclose(up(x)[:, :, 1:-1, 1:-1], torch.ones(1, 2, 14, 14))
     assert torch.allclose(down(x)[:, :, 1:-1, 1:-1], torch.ones(1, 2, 2, 2))
-    dot = torch.zeros(1, 1, 8, 8)
-    dot[0, 0, 4, 4] = 1
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
-    assert torch.allclose(up(dot)[0, 0, 7:11, 7:11], taps[:, None] * taps)
+    x = torch.randn(1, 1, 8, 8)
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    kernel = (taps[:, None] * taps).expand(1, 1, 4, 4)
+    expected = nn.functional.conv2d(x, kernel, stride=2, padding=1)
+    assert torch.allclose(down(x), expected, atol=1e-6)
+    expected = nn.functional.conv_transpose2d(x, 4 * kernel, stride=2, padding=1)
+    assert torch.allclose(up(x), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "groups, size, stride, padding", [(2, 3, 1, 1), (4, 4, 2, 1), (4, 4, 1, 0)]
-)
-def test_convolution_in_groups_and_its_derivatives(groups, size, stride, padding):
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolution_in_groups_and_its_derivatives(groups):
     x = torch.randn(2, 4, 4, 4, dtype=torch.double, requires_grad=True)
-    weight = torch.randn(4, 4 // groups, size, size, dtype=torch.double, requires_grad=True)
-    expected = nn.functional.conv2d(x, weight, None, stride, padding, groups=groups)
-    inputs = (x, weight, stride, padding)
-    assert torch.equal(r3gan.ConvInGroups.apply(*inputs), expected)
-    assert torch.autograd.gradcheck(r3gan.ConvInGroups.apply, inputs)
-    assert torch.autograd.gradgradcheck(r3gan.ConvInGroups.apply, inputs)
+    weight = torch.randn(4, 4 // groups, 3, 3, dtype=torch.double, requires_grad=True)
+    expected = nn.functional.conv2d(x, weight, padding=1, groups=groups)
+    inputs = (x, weight, groups)
+    assert torch.equal(r3gan.GroupedConvFunction.apply(*inputs), expected)
+    assert torch.autograd.gradcheck(r3gan.GroupedConvFunction.apply, inputs)
+    assert torch.autograd.gradgradcheck(r3gan.GroupedConvFunction.apply, inputs)
 
 
 def test_the_penalty_needs_no_more_convolutions_in_a_wider_d():
@@ -125,7 +128,7 @@ def test_the_penalty_needs_no_more_convolutions_in_a_wider_d():
     for width in (16, 64):
         _, D = networks(width)
         with Convolutions() as convolutions:
-            r3gan.gradient_penalty(D, torch.randn(2, 3, 16, 16)).backward()
+            r3gan.r1_penalty(D, torch.randn(2, 3, 16, 16)).backward()
         counts.append(convolutions.count)
     assert counts[0] == counts[1] > 0
 
@@ -140,76 +143,70 @@ def test_both_penalties_at_every_step(monkeypatch):
         calls.append(x)
         return torch.tensor(float(len(calls)))
 
-    monkeypatch.setattr(r3gan, "gradient_penalty", penalty)
+    monkeypatch.setattr(r3gan, "r1_penalty", penalty)
     monkeypatch.setattr(r3gan, "d_loss", lambda d_real, d_fake: d_real.mean() * 0 + 3)
     for step in range(3):
         calls.clear()
-        loss_D = run.update()["loss_D"].item()
+        loss_D = run.update(0.05)["loss_D"].item()
         assert loss_D == pytest.approx(3 + 0.05 / 2 * (1 + 2))
         assert torch.equal(calls[0], real[2 * step][0]) and torch.equal(calls[1], fakes[2 * step])
+
+
+def test_the_penalties_train_D():
+    weights = []
+    for run, gamma in (("with", 1), ("without", 0)):
+        train("r3gan", run, "--steps", 2, "--gamma", gamma, "--gamma-end", gamma, "--lr", 0.01)
+        weights.append(checkpoint(run)["state"]["D"]["basis"])
+    assert not torch.equal(*weights)
 
 
 def test_G_learns_from_real_images_of_its_own(monkeypatch):
     """The gradient of G changes with them, and they are not those of D's update."""
     run, real = open_script("r3gan"), recorded(monkeypatch, "sample_batch")
-    gradients = []
+    run.update(0.05)
+    assert len(real) == 2 and not torch.equal(real[0][0], real[1][0])
+
+    gradients, before = [], [copy.deepcopy(run.state[n].state_dict()) for n in ("G", "D")]
     run.opt_G.register_step_pre_hook(
         lambda *_: gradients.append([p.grad.clone() for p in run.G.parameters()])
     )
-    weights = {name: p.detach().clone() for name, p in run.G.named_parameters()}
-    batches = [torch.rand(4, 3, 16, 16) * 2 - 1, torch.zeros(4, 3, 16, 16) + 0.9]
-    for x_real in batches:
+    batch = common.sample_batch(run.args, run.data)
+    for x_real in (torch.zeros(4, 3, 16, 16) + 0.9, torch.zeros(4, 3, 16, 16) - 0.9):
+        # D's update has the same batch in both, and G's another one.
+        batches = iter([batch, (x_real, None)])
+        monkeypatch.setattr(common, "sample_batch", lambda *_, batches=batches: next(batches))
+        for n, weights in zip(("G", "D"), before, strict=True):
+            run.state[n].load_state_dict(weights)
+        run.opt_D.state.clear()
         torch.manual_seed(0)
-        run.g_step(x_real)
-        with torch.no_grad():
-            for name, p in run.G.named_parameters():
-                p.copy_(weights[name])
+        run.update(0.05)
     pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a.any()]
     assert pairs and not any(torch.equal(a, b) for a, b in pairs)
-    real.clear()
-    run.update()
-    assert len(real) == 2 and not torch.equal(real[0][0], real[1][0])
-
-
-def test_adam_is_pytorchs_with_beta1_0():
-    torch.manual_seed(0)
-    ours, theirs = (torch.nn.Linear(5, 3) for _ in range(2))
-    theirs.load_state_dict(ours.state_dict())
-    a = r3gan.Adam(ours.parameters(), 0.01, 0.9)
-    b = torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.0, 0.9))
-    for step in range(20):
-        beta2 = 0.9 + 0.004 * step
-        a.param_groups[0]["beta2"].fill_(beta2)
-        b.param_groups[0]["betas"] = (0.0, beta2)
-        x = torch.randn(4, 5)
-        for net, opt in ((ours, a), (theirs, b)):
-            opt.zero_grad()
-            net(x).square().mean().backward()
-            opt.step()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.allclose(p, q, atol=1e-6)
 
 
 def test_what_changes_in_the_course_of_a_run(monkeypatch):
     assert r3gan.cosine(2, 6, 0) == 2 and r3gan.cosine(2, 6, 1) == 6
     assert r3gan.cosine(2, 6, 0.5) == pytest.approx(4)
     assert r3gan.cosine(2, 6, 0.1) < 2.4, "slow at first"
-    seen, averages = [], []
+    seen, averages = {"opt_D": [], "opt_G": []}, []
 
     def start_run(args, data, state, start_run=runs.start_run):
-        first = start_run(args, data, state)
-        group = state["opt_D"].param_groups[0]
-        state["opt_D"].register_step_pre_hook(
-            lambda *_: seen.append((group["lr"].item(), group["beta2"].item()))
-        )
-        return first
+        for name, rows in seen.items():
+            group = state[name].param_groups[0]
+            state[name].register_step_pre_hook(
+                lambda *_, rows=rows, group=group: rows.append((group["lr"], *group["betas"]))
+            )
+        return start_run(args, data, state)
 
     monkeypatch.setattr(runs, "start_run", start_run)
     monkeypatch.setattr(r3gan, "move_average", lambda average, G, beta: averages.append(beta))
     train("r3gan", "run", "--steps", 8, "--lr", 0.01, "--lr-end", 0.001)
-    expected = [r3gan.cosine(0.01, 0.001, k / 8) for k in range(8)]
-    assert [lr for lr, _ in seen] == pytest.approx(expected)
-    assert [b for _, b in seen] == pytest.approx([r3gan.cosine(0.9, 0.99, k / 8) for k in range(8)])
+    for rows in seen.values():
+        expected = [r3gan.cosine(0.01, 0.001, k / 8) for k in range(8)]
+        assert [lr for lr, *_ in rows] == pytest.approx(expected)
+        expected = [r3gan.cosine(0.9, 0.99, k / 8) for k in range(8)]
+        assert [beta2 for *_, beta2 in rows] == pytest.approx(expected)
+        assert all(beta1 == 0 for _, beta1, _ in rows)
     assert averages[-1] == pytest.approx(0.5 ** (1 / 0.16)) and averages[0] < 1e-3
     assert averages == sorted(averages)
 

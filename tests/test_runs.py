@@ -1,5 +1,5 @@
-"""Runs that survive: resume, kill -9, init; generated images, grids and logs; devices and CUDA
-graphs."""
+"""Runs that survive: resume, kill -9, init, --overwrite; generated images, grids and logs; devices
+and CUDA graphs."""
 
 import contextlib
 import json
@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +34,7 @@ import runs
 
 
 def assert_same_run(a, b):
-    """Weights, optimisers, spectral norm vectors, random numbers, log rows and grids."""
+    """Weights, optimisers, spectral norm vectors, log rows and grids."""
     first, second = checkpoint(a), checkpoint(b)
     for saved in (first, second):
         del saved["args"]["steps"]
@@ -108,45 +107,69 @@ def test_a_run_survives_a_new_flag():
     assert same(checkpoint("run")["state"], checkpoint("whole")["state"])
 
 
-def test_a_new_flag_does_not_change_an_older_run(capsys):
-    train("gan", "run", "--steps", 5)
+def test_a_typed_flag_wins_and_is_said(capsys):
+    """The run goes on with it, and so does the next resume."""
+    train("dcgan", "run", "--steps", 5)
+    capsys.readouterr()
+    train("dcgan", "run", "--resume", "--steps", 6, "--lr", 1e-5, small="")
+    assert capsys.readouterr().err.startswith(
+        "lr was 0.0002, and is 1e-05 now\nsteps was 5, and is 6 now\n"
+    )
+    SCRIPTS["dcgan"].main(["--out-dir", "run", "--resume", "--device", "cpu", "--steps", "7"])
     saved = checkpoint("run")
-    del saved["args"]["saturating"]
-    torch.save(saved, "run/checkpoint.pt")
-    with pytest.raises(SystemExit):
-        train("gan", "run", "--steps", 10, "--resume", "--saturating")
-    message = "--resume cannot change --saturating: the run has False, not True"
-    assert message in capsys.readouterr().err
+    assert saved["args"]["lr"] == 1e-5
+    assert saved["state"]["opt_G"]["param_groups"][0]["lr"] == 1e-5
+    assert "lr was" not in capsys.readouterr().err
+
+
+def test_each_step_has_its_own_seed(monkeypatch):
+    """A resumed run, and one with more steps, draw what an uninterrupted one draws; another process
+    and another seed draw something else."""
+
+    def drawn(steps, done=0, seed=3):
+        args = SimpleNamespace(seed=seed, steps=steps, device="cpu", out_dir="run", script="x")
+        return {step: torch.randn(3).tolist() for step in runs.steps(args, done)}
+
+    whole = drawn(6)
+    assert list(whole) == [1, 2, 3, 4, 5, 6] and len({tuple(z) for z in whole.values()}) == 6
+    assert drawn(6, done=4) == {step: whole[step] for step in (5, 6)}
+    assert drawn(4) == {step: whole[step] for step in (1, 2, 3, 4)}
+    assert drawn(6, seed=4)[1] != whole[1]
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    assert drawn(6)[1] != whole[1]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_on_cuda_optimisers_count_their_steps_on_the_gpu(device):
+    Path("run").mkdir()
     optimiser = torch.optim.RMSprop([torch.zeros(1)])
-    runs.prepare_optimisers(SimpleNamespace(device=device), {"opt": optimiser})
+    args = {"device": device, "out_dir": "run", "batch_size": 4}
+    args |= dict.fromkeys(["resume", "init", "generate", "overwrite"])
+    runs.start_run(SimpleNamespace(**args), common.Data(1, 3, []), {"opt": optimiser})
     assert optimiser.param_groups[0]["capturable"] is (device == "cuda")
 
 
 def test_resume_from_another_kind_of_device():
-    """The run goes on with new random numbers; the optimisers run as they do here."""
+    """The optimisers run as they do here, and the run goes on with the same random numbers."""
     train("dcgan", "run", "--steps", 5)
     saved = checkpoint("run")
-    saved["device"], saved["random"] = "cuda", [torch.zeros(16, dtype=torch.uint8)]
     for optimiser in ("opt_G", "opt_D"):
         saved["state"][optimiser]["param_groups"][0]["capturable"] = True
     torch.save(saved, "run/checkpoint.pt")
     train("dcgan", "run", "--steps", 10, "--resume")
-    after = checkpoint("run")
-    assert after["state"]["opt_G"]["param_groups"][0]["capturable"] is False
     train("dcgan", "whole", "--steps", 10)
-    assert not same(after["state"]["G"], checkpoint("whole")["state"]["G"])
+    assert same(checkpoint("run")["state"], checkpoint("whole")["state"])
 
 
 def test_resume_drops_the_rows_after_the_checkpoint():
-    """And a torn last one."""
+    """And a torn last one. Other lines stay."""
     train("dcgan", "run", "--steps", 10)
-    with Path("run/log.csv").open("a") as f:
-        f.write("11,1.5,9,9,9,9\n12,1.5,9,9,9,9\n1")
+    file = Path("run/log.csv")
+    file.write_text(file.read_text() + "a note\n11,1.5,9,9,9,9\n12,1.5,9,9,9,9\n1")
     train("dcgan", "run", "--steps", 20, "--resume")
+    rows = file.read_text()
+    assert rows.count("a note\n") == 1
+    file.write_text(rows.replace("a note\n", ""))
     train("dcgan", "whole", "--steps", 20)
     assert_same_run("run", "whole")
     assert [row["step"] for row in log_rows("run")] == [5, 10, 15, 20]
@@ -199,51 +222,31 @@ def test_a_write_that_fails_leaves_the_old_file():
     assert file.read_bytes() == b"new" and [p.name for p in Path().iterdir()] == ["file"]
 
 
-def test_a_write_waits_for_a_program_that_has_the_file_open(monkeypatch):
-    """As Windows demands it; and then the old file stays."""
-    refusals = [3]
-
-    def refuses(source, target, replace=os.replace):
-        if refusals[0] > 0:
-            refusals[0] -= 1
-            raise PermissionError(13, "Access is denied")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", refuses)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    file = Path("file")
-    with runs.atomic_write(file) as f:
+def test_a_write_is_on_the_disk_before_it_replaces_the_file(monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: events.append("fsync") or fsync(f))
+    monkeypatch.setattr(os, "replace", lambda *files: events.append("replace") or replace(*files))
+    with runs.atomic_write(Path("file")) as f:
         f.write(b"new")
-    assert file.read_bytes() == b"new"
-    refusals[0] = 1000
-    message = "file cannot be replaced: is it open in another program"
-    with pytest.raises(SystemExit, match=message), runs.atomic_write(file) as f:
-        f.write(b"newer")
-    assert file.read_bytes() == b"new"
-
-
-def test_a_write_replaces_the_file_and_does_not_change_it_in_place():
-    file = Path("file")
-    file.write_bytes(b"old")
-    os.link(file, "link")
-    with runs.atomic_write(file) as f:
-        f.write(b"new")
-    assert file.read_bytes() == b"new" and Path("link").read_bytes() == b"old"
+    assert events == ["fsync", "replace"]
 
 
 def test_overwrite_deletes_the_files_of_the_run_and_no_others(monkeypatch):
-    """Also those of a run that ended before its first checkpoint."""
+    """Also those of a run that ended before its first checkpoint, or while it wrote a file."""
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(runs, "save_checkpoint", mock.Mock(side_effect=KeyboardInterrupt))
         train("dcgan", "run", "--steps", 20, "--log-every", 2)
-    assert len(log_rows("run")) == 3 and len(list(Path("run/samples").iterdir())) == 2
+    assert len(log_rows("run")) == 2 and len(list(Path("run/samples").iterdir())) == 2
     others = ["notes.txt", "samples/cat.png", "samples/1.png", "generated/000000.png"]
+    others += ["checkpoint.pt.best", "log.csv.bak", "weights.pt"]
     for name in others:
         Path("run", name).parent.mkdir(exist_ok=True)
         Path("run", name).write_text("mine")
-    Path("run/events.out.tfevents.1").touch()
+    left = ["events.out.tfevents.1", "checkpoint.pt.tmp", "log.csv.tmp", "args.json.tmp"]
+    for name in left:
+        Path("run", name).touch()
     train("dcgan", "run", "--steps", 20, "--save-every", 10, "--overwrite")
-    assert not Path("run/events.out.tfevents.1").exists()
+    assert not any(Path("run", name).exists() for name in left)
     for name in others:
         assert Path("run", name).read_text() == "mine"
         Path("run", name).unlink()
@@ -251,66 +254,12 @@ def test_overwrite_deletes_the_files_of_the_run_and_no_others(monkeypatch):
     assert_same_run("run", "whole")
 
 
-def test_a_new_run_can_begin_with_the_networks_that_it_overwrites():
-    train("dcgan", "run", "--steps", 5)
-    before = checkpoint("run")["state"]["G"]
-    init = ["--init", "run/checkpoint.pt", "--overwrite", "--lr", 1e-12]
-    train("dcgan", "run", "--steps", 1, *init)
-    after = checkpoint("run")["state"]["G"]
-    assert torch.allclose(before["net.0.weight"], after["net.0.weight"], atol=1e-9)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="forks a process")
-def test_one_process_at_a_time_trains_in_a_folder():
-    """The other gets one line; the folder is free again when the run has ended, or was killed."""
-    train("dcgan", "run", "--steps", 1)
-    resume = ["--steps", 10**6, "--save-every", 1, "--resume"]
-    child = in_child(lambda: train("dcgan", "run", *resume))
-    while checkpoint("run")["step"] == 1:
-        time.sleep(0.01)
-    for flags in (resume, ["--overwrite"]):
-        with pytest.raises(
-            SystemExit, match="another process is training in run, or is a notebook"
-        ):
-            train("dcgan", "run", *flags)
-    child.kill()
-    child.join()
-    step = checkpoint("run")["step"] + 1
-    train("dcgan", "run", "--steps", step, "--resume")
-    assert checkpoint("run")["step"] == step
-
-
 def test_the_last_line_names_the_last_grid_and_the_way_on(capsys):
-    train("dcgan", "run", "--steps", 7)
-    command = "python dcgan.py --out-dir run --resume --steps 14"
-    line = f"done: {Path('run', 'samples', '000007.png')}. To train on: {command}"
+    """The command can be pasted."""
+    train("dcgan", "my run", "--steps", 7)
+    command = "python dcgan.py --out-dir 'my run' --resume --steps 14"
+    line = f"done: {Path('my run', 'samples', '000007.png')}. To train on: {command}"
     assert capsys.readouterr().err.splitlines()[-1] == line
-
-
-def test_resume_keeps_what_somebody_else_wrote_into_the_log():
-    train("dcgan", "run", "--steps", 10)
-    file = Path("run/log.csv")
-    rows = file.read_bytes().splitlines(keepends=True)
-    mine = [b"a note\r\n", b"\n", b"\0\0\0"]
-    file.write_bytes(b"".join([*rows[:2], *mine[:2], rows[2], b"11,1.5,9\n", mine[2]]))
-    train("dcgan", "run", "--steps", 15, "--resume")
-    lines = file.read_bytes().splitlines(keepends=True)
-    assert lines[:6] == [*rows[:2], *mine[:2], rows[2], mine[2] + b"\n"]
-    assert len(lines) == 7 and lines[6].startswith(b"15,")
-
-
-def test_a_log_that_cannot_be_written_for_a_moment_does_not_end_the_run(monkeypatch, capsys):
-    def locked_at_step_5(file, mode="r", *rest, **options):
-        if str(file).endswith("log.csv") and mode == "a" and not failed:
-            failed.append(file)
-            raise PermissionError(13, "Permission denied")
-        return open(file, mode, *rest, **options)
-
-    failed = []
-    monkeypatch.setattr(runs, "open", locked_at_step_5, raising=False)
-    train("dcgan", "run", "--steps", 10)
-    assert "log.csv cannot be written, so step 5 is missing from it" in capsys.readouterr().err
-    assert [row["step"] for row in log_rows("run")] == [10]
 
 
 def test_init_begins_a_new_run_with_the_networks_of_another():
@@ -375,9 +324,7 @@ def test_generate_one_label():
     by_name = generate("cgan", 3, "--label", "class1")
     assert list(by_name) == list(images)
     for label in ("2", "b"):
-        with pytest.raises(
-            SystemExit, match=f"--label is {label}: the classes are class0, class1 "
-        ):
+        with pytest.raises(SystemExit, match=f"--label is {label}: the classes are class0, class1"):
             generate("cgan", 3, "--label", label)
     with pytest.raises(SystemExit):
         SCRIPTS["cgan"].parse_args(["--label", "1"])
@@ -429,24 +376,6 @@ def test_mps_is_accepted_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert SCRIPTS["dcgan"].parse_args(["--device", "mps"]).device == "mps"
     assert SCRIPTS["dcgan"].parse_args([]).device == "cpu"
-
-
-def test_without_the_signals_that_windows_lacks(monkeypatch):
-    monkeypatch.delattr(signal, "SIGHUP", raising=False)
-    train("dcgan", "run", "--steps", 2)
-    assert checkpoint("run")["step"] == 2
-
-
-def test_in_a_thread_and_nothing_of_the_process_is_replaced():
-    """As in a notebook or a window, where main is not called by the main thread."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    before = (sys.stdout, sys.stderr, sys.excepthook, handlers)
-    thread = threading.Thread(target=train, args=("dcgan", "run", "--steps", 2))
-    thread.start()
-    thread.join()
-    assert checkpoint("run")["step"] == 2
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert before == (sys.stdout, sys.stderr, sys.excepthook, handlers)
 
 
 def fake_cuda_graphs(monkeypatch):
@@ -503,20 +432,21 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"progan", "stylegan"}))
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"r3gan"}))
 def test_graphed_and_eager_runs_agree(name, monkeypatch):
-    """Also where a graphed run continues an eager one. By default, cuDNN rounds anew each time; in
-    r3gan.py, eager runs differ a little even so."""
+    """Also where a graphed run continues an eager one, in the middle of a fade of those that grow.
+    By default, cuDNN rounds anew each time."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     flags = ["--log-every", 1, "--save-every", 10]
+    if name in ("progan", "stylegan"):
+        flags += ["--stage-steps", 6]
     train(name, "eager", "--steps", 20, *flags, "--no-cuda-graph", device="cuda")
     train(name, "graphed", "--steps", 20, *flags, device="cuda")
     train(name, "both", "--steps", 10, *flags, "--no-cuda-graph", device="cuda")
     train(name, "both", "--steps", 20, *flags, "--resume", device="cuda")
-    tolerance = 2e-2 if name == "r3gan" else 1e-4
     for other in ("graphed", "both"):
         for a, b in zip(log_rows("eager"), log_rows(other), strict=True):
-            assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
 
 
 @needs_cuda

@@ -20,7 +20,6 @@ from helpers import (
     write_mnist,
 )
 from PIL import Image
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 import common
@@ -79,7 +78,7 @@ def test_networks():
     D.hidden[0].register_forward_hook(lambda m, inputs, out: seen.append(inputs[0]))
     D(x)
     assert torch.allclose(seen[0], (x + 1) / 2)
-    scale = G.net[6].parametrizations.weight.original0
+    scale = G.net[6].scale
     assert torch.equal(scale, torch.ones_like(scale)) and scale.requires_grad
 
 
@@ -95,20 +94,27 @@ def test_noise_has_its_standard_deviation():
     assert ssgan.Noise(0.3)(x).std().item() == pytest.approx(0.3, rel=0.03)
 
 
+def test_weight_norm():
+    """Each row of the weights has the length of its scale."""
+    layer = ssgan.WeightNormLinear(5, 3, learn_scale=True)
+    with torch.no_grad():
+        layer.scale.copy_(torch.tensor([[1.0], [2.0], [3.0]]))
+        weight = layer(torch.eye(5)).T
+    assert weight.norm(dim=1).tolist() == pytest.approx([1, 2, 3])
+    assert torch.allclose(
+        weight / weight.norm(dim=1, keepdim=True), layer.v / layer.v.norm(dim=1, keepdim=True)
+    )
+
+
 def test_only_the_last_scale_of_weight_norm_learns():
-    D = ssgan.Discriminator(16, 3, 16, 5)
-    trained = {id(w) for w in D.trained()}
-    for name, w in D.named_parameters():
-        fixed = name.startswith("hidden") and name.endswith("original0")
-        assert (id(w) in trained) != fixed
     run = open_script("ssgan", "--labels", 3, "--lr", 0.01)
-    scales = [m.parametrizations.weight.original0 for m in run.D.hidden if isinstance(m, nn.Linear)]
+    scales = [m.scale for m in run.D.hidden if isinstance(m, ssgan.WeightNormLinear)]
     before = [scale.clone() for scale in scales]
-    last = run.D.last.parametrizations.weight.original0.clone()
+    last = run.D.last.scale.clone()
     for _ in range(3):
         run.update()
-    assert same(before, scales)
-    assert not torch.equal(last, run.D.last.parametrizations.weight.original0)
+    assert len(scales) == 5 and same(before, scales)
+    assert not torch.equal(last, run.D.last.scale)
 
 
 def test_the_activations_start_normalised():
@@ -120,7 +126,7 @@ def test_the_activations_start_normalised():
     D.normalise(x)
     outputs = []
     for m in D.modules():
-        if isinstance(m, nn.Linear):
+        if isinstance(m, ssgan.WeightNormLinear):
             m.register_forward_hook(lambda m, inputs, out: outputs.append(out))
     D(x)
     assert len(outputs) == 6
@@ -149,46 +155,54 @@ def test_labelled_images(monkeypatch):
     assert seen[0].bincount().tolist() == [3, 3, 3]
 
 
-def test_d_step(monkeypatch):
+def test_the_loss_of_D(monkeypatch):
     """loss_D is d_loss_labelled plus the weight times d_loss_unlabelled, of real images and fakes
     that are not exchanged."""
     run = open_script("ssgan", "--labels", 3, "--unlabelled-weight", 0.5)
     run.D.eval()  # without noise
     D, fakes, labelled = copy.deepcopy(run.D), [], []
     run.G.register_forward_hook(lambda m, inputs, out: fakes.append(out))
-    loss = ssgan.d_loss_labelled
+    real, loss = recorded(monkeypatch, "sample_batch"), ssgan.d_loss_labelled
     monkeypatch.setattr(
         ssgan, "d_loss_labelled", lambda *a: labelled.append(loss(*a)) or labelled[-1]
     )
-    x_real, _ = common.sample_batch(run.args, run.data)
-    loss_D, d_real, d_fake = run.d_step(x_real)
-    expected = labelled[0] + 0.5 * ssgan.d_loss_unlabelled(D(x_real), D(fakes[0]))
-    assert loss_D.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert d_real.item() == pytest.approx(D(x_real).logsumexp(1).mean().item(), rel=1e-4)
-    assert d_fake.item() == pytest.approx(D(fakes[0]).logsumexp(1).mean().item(), rel=1e-4)
+    values = {name: value.item() for name, value in run.update().items()}
+    d_real, d_fake = D(real[0][0]), D(fakes[0])
+    expected = labelled[0] + 0.5 * ssgan.d_loss_unlabelled(d_real, d_fake)
+    assert values["loss_D"] == pytest.approx(expected.item(), rel=1e-4)
+    assert values["d_real"] == pytest.approx(d_real.logsumexp(1).mean().item(), rel=1e-4)
+    assert values["d_fake"] == pytest.approx(d_fake.logsumexp(1).mean().item(), rel=1e-4)
 
 
 def test_the_average_is_tested_without_noise(monkeypatch):
     """An average that takes every image for class 0 is wrong about the other test images."""
 
     @torch.no_grad()
-    def always_class_0(average, latest, n):
-        for w in average:
-            if w.ndim == 1 or w.shape[1] == 1:  # biases and scales
+    def always_class_0(average, D, beta):
+        for name, w in average.named_parameters():
+            if name.endswith(("bias", "scale")):
                 w.zero_()
-            if w.shape == (2,):
-                w[0] = 1
+        average.last.bias[0] = 1
 
-    monkeypatch.setattr(torch.optim.swa_utils, "get_ema_multi_avg_fn", lambda beta: always_class_0)
-    splits, split = [], ssgan.split
-    monkeypatch.setattr(ssgan, "split", lambda *a: splits.append(split(*a)) or splits[-1])
+    monkeypatch.setattr(ssgan, "move_average", always_class_0)
+    held_out, hold_out_test = [], ssgan.hold_out_test
+    monkeypatch.setattr(
+        ssgan, "hold_out_test", lambda *a: held_out.append(hold_out_test(*a)) or held_out[-1]
+    )
     train("ssgan", "run", "--steps", 5)
-    wrong = (splits[0][2] != 0).float().mean().item()
+    wrong = (held_out[0][2] != 0).float().mean().item()
     assert log_rows("run")[-1]["test_error"] == pytest.approx(wrong)
     assert 0 < wrong < 1
 
     run = open_script("ssgan", "--labels", 3)
     assert run.D.training and not run.average.training
+
+
+def test_the_rate_of_the_average(monkeypatch):
+    betas = []
+    monkeypatch.setattr(ssgan, "move_average", lambda average, D, beta: betas.append(beta))
+    train("ssgan", "run", "--steps", 5)
+    assert betas == pytest.approx([0, 1 / 11, 2 / 12, 3 / 13, 4 / 14])
 
 
 def test_z_is_uniform(monkeypatch):
@@ -219,7 +233,7 @@ def test_G_gets_unlabelled_images_of_its_own(monkeypatch):
     run.update()
     assert len(real) == 3
     assert seen[-2] is real[2][0], "those that G's features are compared with"
-    assert seen[0] is real[0][0]
+    assert seen[1] is real[0][0], "after the labelled ones"
 
 
 def test_test_images_are_never_in_training(tmp_path):
@@ -230,24 +244,26 @@ def test_test_images_are_never_in_training(tmp_path):
 
     folder = str(tmp_path / "images")
     args = ssgan.parse_args(["--dataset", folder, "--image-size", "16", "--device", "cpu"])
-    data, images, labels = ssgan.split(args, common.load_data(args))
+    data, images, labels = ssgan.hold_out_test(args, common.load_data(args))
     assert len(images) == len(labels) == 4
     assert not train_images & {image.numpy().tobytes() for image in images}
     args.seed = 1
-    assert torch.equal(images, ssgan.split(args, common.load_data(args))[1]), "whatever the seed"
+    assert torch.equal(images, ssgan.hold_out_test(args, common.load_data(args))[1]), (
+        "whatever the seed"
+    )
 
     write_mnist(tmp_path, n=20)
     write_mnist(tmp_path, n=20, folder="other", seed=1)
     test_images = "raw/t10k-images-idx3-ubyte"
     (tmp_path / "other" / test_images).replace(tmp_path / "MNIST" / test_images)
     args = ssgan.parse_args(["--data-dir", str(tmp_path), "--device", "cpu"])
-    data, images, labels = ssgan.split(args, common.load_data(args))
+    data, images, labels = ssgan.hold_out_test(args, common.load_data(args))
     assert data.number == 20 and len(images) == 20 and images.dtype == torch.uint8
     expected = common.load_torchvision("mnist", str(tmp_path), train=False)
     assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
     assert not torch.equal(images, data.images)
     args.image_size = 16
-    assert ssgan.split(args, data)[1].shape == (20, 1, 16, 16)
+    assert ssgan.hold_out_test(args, data)[1].shape == (20, 1, 16, 16)
 
 
 @pytest.mark.parametrize(

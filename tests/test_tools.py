@@ -33,9 +33,13 @@ def test_plot_replaces_no_file_unasked(flags, capsys):
 @pytest.mark.parametrize(
     "main, argv, message",
     [
-        (benchmark.main, "--rounds -1", "argument --rounds: must be 1 or more, not -1"),
+        (
+            benchmark.main,
+            "--rounds -1",
+            "argument --rounds: must be a whole number, 1 or more, not -1",
+        ),
         (benchmark.main, "--device gpu", "argument --device: gpu is not a device of this machine"),
-        (quality.main, "mnist x --classifier-steps 0", "argument --classifier-steps: must be 1 or"),
+        (quality.main, "mnist x --classifier-steps 0", "argument --classifier-steps: must be a"),
         (quality.main, "cifar x", "argument dataset: invalid choice: 'cifar'"),
         (plot.main, "", "the following arguments are required: RUN"),
     ],

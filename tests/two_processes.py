@@ -1,6 +1,7 @@
 """Started by test_torchrun.py with torchrun, in two processes: trains every script, and saves what
 this process has seen in <rank>.pt."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -10,6 +11,7 @@ from helpers import train as train_without_waiting
 import common
 import gan
 import runs
+import stylegan2
 import wgan_gp
 
 HALF = 4
@@ -27,13 +29,14 @@ def watched_start_run(args, data, state, start_run=runs.start_run):
 
         return record
 
-    for name in ("opt_D", "opt_G"):
+    optimisers = [name for name in state if name.startswith("opt_")]
+    for name in optimisers:
         state[name].register_step_pre_hook(recorder(name, "own"))
-    first = start_run(args, data, state)
-    for name in ("opt_D", "opt_G"):
+    done = start_run(args, data, state)
+    for name in optimisers:
         state[name].register_step_pre_hook(recorder(name, "mean"))
     seen.update(state)
-    return first
+    return done
 
 
 def train(*args, **options):
@@ -69,21 +72,23 @@ def half_of_a_batch():
     return gradients
 
 
+Path("half").mkdir(exist_ok=True)
 FLAGS = {"device": "cpu", "generate": None, "resume": False, "init": None, "seed": 0}
 FLAGS |= {"script": "dcgan", "batch_size": HALF, "overwrite": False}
 start_run = runs.start_run
 runs.start_run = watched_start_run
-results = {}
+results, betas = {}, []
+move_average = stylegan2.move_average
+stylegan2.move_average = lambda *args: betas.append(args[2]) or move_average(*args)
 for name in SCRIPTS:
     seen = {}
     n_critic = [] if name in WITHOUT_N_CRITIC else ["--n-critic", 2]
-    steps = 5 if name == "stacked_gan" else 3  # its first 2 train the encoder
-    train(name, name, "--steps", steps, "--lr", 0.01, *n_critic)
-    results[name] = {key: part for key, part in seen.items() if key.startswith("opt_D ")}
-    results[name] |= {key: part for key, part in seen.items() if key.startswith("opt_G ")}
-    results[name]["G"] = dict(seen["G"].named_parameters())
-    results[name]["D"] = dict(seen["D"].named_parameters())
+    train(name, name, "--steps", 3, "--lr", 0.01, *n_critic)
+    results[name] = {key: seen[key] for key in seen if key.endswith((" own", " mean"))}
+    networks = [key for key in seen if f"opt_{key}" in seen]
+    results[name]["networks"] = {key: dict(seen[key].named_parameters()) for key in networks}
     results[name]["fixed_z"] = seen["fixed_z"]
+results["betas"] = betas
 
 seen = {}
 train("dcgan", "whole", "--steps", 6, "--save-every", 2, "--log-every", 1)

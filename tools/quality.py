@@ -11,6 +11,7 @@ published FIDs.
 import argparse
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -195,16 +196,19 @@ def main(argv=None):
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     p.add_argument("dataset", choices=common.DATASETS)
-    p.add_argument("folder", type=runs.path, help="of images made by --generate")
-    p.add_argument("--data-dir", type=runs.path, default="data")
+    p.add_argument("folder", type=os.path.expanduser, help="of images made by --generate")
+    p.add_argument("--data-dir", type=os.path.expanduser, default="data")
     p.add_argument(
-        "--cache-dir", type=runs.path, default="data/quality", help="where the classifier is kept"
+        "--cache-dir",
+        type=os.path.expanduser,
+        default="data/quality",
+        help="where the classifier is kept",
     )
     p.add_argument("--device", type=runs.device, default=default)
     p.add_argument("--classifier-steps", type=runs.positive_int, default=1500)
     p.add_argument(
         "--neighbours",
-        type=runs.path,
+        type=os.path.expanduser,
         metavar="FILE",
         help="write up to 10 images to FILE, each above its nearest training image",
     )

@@ -2,11 +2,11 @@
 
     python tools/standalone.py wgan_gp.py my_gan.py
 
-The docstring, networks, losses, steps, and the script's own flags with their defaults stay as they
-are. The calls of common.py and runs.py become a few plain lines, which load MNIST, Fashion-MNIST,
-CIFAR-10 or a folder of class folders (in colour), save a grid of images now and then, and the
-weights at the end. Resuming, the log, CUDA graphs, several GPUs and the checks of the input are
-lost.
+The docstring, networks, losses, updates, and the script's own flags with their defaults stay as
+they are. The calls of common.py and runs.py become a few plain lines, which load MNIST,
+Fashion-MNIST, CIFAR-10 or a folder of class folders (in colour), save a grid of images now and
+then, and the weights at the end. Resuming, the log, CUDA graphs, several GPUs, a seed for each step
+and the checks of the input are lost.
 
 tricks.py, ssgan.py and eight_gaussians.py use more of the collection than this can replace.
 """
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+NOT_COPIED = ("tricks.py", "ssgan.py", "eight_gaussians.py")
 
 FLAGS = """\
     p.add_argument("--dataset", default="mnist", help="mnist, fashion-mnist, cifar10 or a folder")
@@ -30,7 +31,7 @@ FLAGS = """\
 """
 
 DATA = '''\
-# --------------------------------------------------------------------------------------------- data
+# data ---------------------------------------------------------------------------------------------
 
 
 def load_data(args):
@@ -77,24 +78,28 @@ END_OF_LOOP = """\
             x = DRAWN
             file = out_dir / f"{step:06d}.png"
             save_image(x, fileCOLUMNS, normalize=True, value_range=(-1, 1))
-    torch.save({"G": G.state_dict(), "D": D.state_dict()}, out_dir / "weights.pt")
+    networks = {NETWORKS}
+    weights = {name: network.state_dict() for name, network in networks.items()}
+    torch.save(weights, out_dir / "weights.pt")
+
+
+"""
+
+IMPORTS = """\
+from torchvision import datasets, transforms
+from torchvision.utils import save_image
+from tqdm import tqdm
 """
 
 # Text in the scripts, and what replaces it. The order matters.
 REPLACEMENTS = [
     # Imports.
     ("from argparse import", "from argparse import ArgumentDefaultsHelpFormatter,"),
-    (" ArgumentParser\n", " ArgumentParser\nfrom pathlib import Path\n"),
-    ("from tqdm import tqdm\n\nimport common\nimport runs\n", "from tqdm import tqdm\n"),
-    ("from tqdm", "from torchvision import datasets, transforms\nfrom tqdm"),
-    ("from tqdm", "from torchvision.utils import save_image\nfrom tqdm"),
+    ("from torch import nn\n", f"from torch import nn\n{IMPORTS}"),
+    (f"{IMPORTS}from tqdm import tqdm\n", IMPORTS),  # stacked_gan.py has it
+    ("\n\nimport common\nimport runs\n", "\n"),
     # Flags.
     ("runs.positive_int", "int"),
-    ("runs.non_negative_int", "int"),
-    ("runs.finite_float", "float"),
-    ("runs.positive_float", "float"),
-    ("runs.non_negative_float", "float"),
-    ("runs.fraction", "float"),
     ("choices=common.IMAGE_SIZES", "choices=[16, 32, 64, 128]"),
     ("at least 2 per process", "at least 2"),
     ("    return runs.parse_args(p, argv)\n", FLAGS + "    return p.parse_args(argv)\n"),
@@ -108,26 +113,30 @@ REPLACEMENTS = [
     ("common.grid_size(args)", "64"),
     # The loop.
     ("common.say(", "print("),
-    ("# Train. Under torchrun, args.batch_size is the part of this process.", "# Train."),
+    (", disable=common.rank() > 0", ""),
     ("args.batch_size * common.world_size()", "args.batch_size"),
+    ("; args.batch_size is that of this process", ""),
+    ("# Train. args.batch_size is that of this process.", "# Train."),
     ("    update = runs.cuda_graph(args, data, update)\n", ""),
-    ("    r1_step = runs.cuda_graph(args, data, r1_step)\n", ""),
-    ('        return {"r1": penalty}  # runs.cuda_graph takes a dict; it is not logged\n', ""),
+    ("    update_r1 = runs.cuda_graph(args, data, update_r1)\n", ""),
+    ("            update_now = runs.cuda_graph(args, data, update_now)\n", ""),
+    ("            # Each stage has a CUDA graph of its own, and so has its fade.\n", ""),
+    ("step == done + 1", "step == 1"),
+    ("def train_encoder(args, data, E):", "def train_encoder(args, images, labels, E):"),
 ]
 
 # Parts of the scripts that have no place in a copy: from the first text up to the second one.
 CUTS = [
     # --label and --truncation, which go with --generate.
     ('    p.add_argument("--label"', "    args = runs.parse_args("),
-    ("    if args.label is not None and", "    return args\n"),
-    ("def class_number(", "def main("),
+    ('    if args.label != "all" and', "    if args.batch_size < 2"),
+    ('    if args.label != "all" and', "    return args\n"),
     ('    p.add_argument(\n        "--truncation"', "    return runs.parse_args("),
-    ("- The mean of w for --truncation", "\n"),
     # The check of the classes by cgan.py and stacked_gan.py.
     ("    if n_classes == 0:", "\n    # Networks"),
-    # Images for --generate, and the start of a run.
-    ("    def draw(", "    # A new run begins"),
-    ("\n\n    # A new run begins", "\n\n"),
+    # The start of a run.
+    ("    # The steps that are done", "    # The steps at which"),
+    ("    # The steps that are done", "    # Train"),
 ]
 
 
@@ -157,14 +166,20 @@ def replace_batch(text):
 
 def replace_loop(text):
     """`text` with a loop that saves grids, and the weights at the end."""
-    text = re.sub(r"    progress = tqdm\(.*\)\n", LOOP, text)
-    found = re.search(r"save_grid\(args, step, (.*?\))(, columns)?\)\n", text)
-    if found:
-        end = END_OF_LOOP.replace("DRAWN", found[1])
-        end = end.replace("COLUMNS", ", nrow=columns" if found[2] else "")
-        text = cut(text, "        save_due = ", "    runs.finish_run(args)\n")
-        text = text.replace("    runs.finish_run(args)\n", end)
-    return text
+    state = re.search(r"    state = \{(.*?)\}\n", text)
+    networks = re.findall(r'"[EGD]\d?": [EGD]\d?', state[1])
+    drawn = re.search(r"save_grid\(args, step, (.*?\))(, columns)?\)\n", text)
+    for start, end in CUTS:
+        text = cut(text, start, end)
+    if "def train_encoder" in text:
+        text = text.replace(
+            "    # Train.", "    train_encoder(args, images, labels, E)\n\n    # Train."
+        )
+    text = text.replace("    progress = runs.steps(args, done)\n", LOOP)
+    end = END_OF_LOOP.replace("DRAWN", drawn[1]).replace("NETWORKS", ", ".join(networks))
+    end = end.replace("COLUMNS", ", nrow=columns" if drawn[2] else "")
+    before, _, _ = text.partition("        if step % args.log_every == 0:\n")
+    return before + end + 'if __name__ == "__main__":\n    main()\n'
 
 
 def join_short_calls(text):
@@ -178,17 +193,15 @@ def join_short_calls(text):
     return re.sub(r"(?m)^( *[\w.]+\()\n +(.*[^,\n])\n *\)$", joined, text)
 
 
-def standalone(name, text):
-    """The text of a script as one that needs nothing else of the collection. Exits with an error if
-    it uses more than this can replace."""
+def standalone(text):
+    """The text of a script as one that needs nothing else of the collection."""
     text = re.sub(r"    p = ArgumentParser\(.*\)\n", PARSER, text)
-    text = re.sub(r", generate_only=\(.*?\)", "", text)
-    for start, end in CUTS:
-        text = cut(text, start, end)
+    text = re.sub(r"runs.parse_args\(p, argv, .*\)", "runs.parse_args(p, argv)", text)
+    text = replace_loop(text)
     for old, new in REPLACEMENTS:
         text = text.replace(old, new)
-    text = re.sub(r"(?=# -+ networks\n)", lambda _: DATA, text, count=1)
-    text = replace_loop(replace_batch(text))
+    text = re.sub(r"(?=# networks -)", lambda _: DATA, text, count=1)
+    text = replace_batch(text)
 
     # Remove what only the replaced lines needed.
     if "labels[index]" not in text:
@@ -196,9 +209,6 @@ def standalone(name, text):
     if "math." not in text:
         text = text.replace("import math\n", "")
 
-    # Anything else that belongs to the collection has no place in a copy.
-    if re.search(r"\b(common|runs)\.(?!py\b)|args\.(resume|generate)", text):
-        fail(f"{name} uses more of common.py and runs.py than this can replace: copy them with it")
     return join_short_calls(text)
 
 
@@ -212,6 +222,8 @@ def main(argv=None):
     p.add_argument("target", type=Path, help="the file to write, which must not exist")
     args = p.parse_args(argv)
 
+    if args.script.name in NOT_COPIED:
+        fail(f"{args.script.name} uses more of common.py and runs.py than this can replace")
     source = ROOT / args.script.name
     is_another = args.script.exists() and args.script.resolve() != source.resolve()
     if is_another or not source.is_file():
@@ -220,7 +232,7 @@ def main(argv=None):
         fail(f"{args.target} exists: choose another name")
     if not args.target.parent.is_dir():
         fail(f"{args.target.parent} is not a folder")
-    text = standalone(source.name, source.read_text("utf-8"))
+    text = standalone(source.read_text("utf-8"))
     args.target.write_text(text, "utf-8")
     print(args.target)
 
