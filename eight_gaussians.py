@@ -356,7 +356,8 @@ def main(argv=None):
 
     # args.json says whose folder this is.
     out_dir = Path(args.out_dir)
-    about = json.dumps({"script": "eight_gaussians", **vars(args)}, indent=1)
+    about = {"script": "eight_gaussians", **vars(args), "torch": torch.__version__}
+    about = json.dumps(about, indent=1)
     (out_dir / "args.json").write_text(about, "utf-8")
     write_pictures(kept, centres, args.steps, out_dir)
     with open(out_dir / "table.csv", "w", newline="") as f:

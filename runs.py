@@ -81,10 +81,10 @@ def parse_args(p, argv, signed=()):
     """Adds the flags of data, run and device to `p`, an ArgumentParser whose `prog` is the name of
     the script, and parses `argv` (None: the command line).
 
-    With --resume and --generate, the flags of the run in --out-dir are the defaults; a flag that is
-    typed wins, and is said. Otherwise, makes the folder of a new run. Exits with an error if a flag
-    is wrong, such as a negative number other than those named in `signed`, if there is no run, or
-    if a new run cannot have --out-dir as its folder.
+    With --resume and --generate, the flags of the run in --out-dir are the defaults. A flag on the
+    command line overrides the saved one, and the change is reported. Otherwise, makes the folder of
+    a new run. Exits with an error if a flag is wrong, such as a negative number other than those
+    named in `signed`, if there is no run, or if a new run cannot have --out-dir as its folder.
     """
     # Without its list of all flags, argparse says in one line which flag is wrong.
     p.usage = argparse.SUPPRESS
@@ -95,9 +95,10 @@ def parse_args(p, argv, signed=()):
     p.set_defaults(script=Path(p.prog).stem)
     args = p.parse_args(argv)
     for name, value in vars(args).items():
-        allowed = "finite" if name in signed else "finite and not negative"
+        lowest = -(2**63) if name in signed else 0
         is_number = type(value) in (int, float)  # and not a bool
-        if is_number and (not math.isfinite(value) or (value < 0 and name not in signed)):
+        if is_number and not lowest <= value < 2**63:
+            allowed = "finite" if name in signed else "finite and not negative"
             p.error(f"argument --{name.replace('_', '-')}: must be {allowed}, not {value}")
     if args.init and (args.resume or args.generate):
         p.error("--init begins a new run: leave out --resume and --generate")
@@ -177,8 +178,8 @@ def add_shared_flags(p):
 
 
 def parse_with_run(p, argv, args):
-    """Parses `argv` again, with the flags of the run in `args.out_dir` as defaults, and says which
-    of them are typed with another value. Exits with an error if there is no run of this script."""
+    """Parses `argv` again, with the flags of the run in `args.out_dir` as defaults, and reports
+    which of them `argv` changes. Exits with an error if there is no run of this script."""
     folder = Path(args.out_dir)
     file = folder / "checkpoint.pt"
     if not file.exists():
@@ -196,7 +197,8 @@ def parse_with_run(p, argv, args):
         common.fail(f"{file} was written by {writer}.py, not by {args.script}.py")
 
     # Flags added since the run was saved have their defaults; flags removed since are ignored.
-    before = {name: value for name, value in saved["args"].items() if name in run_flags(args)}
+    names = vars(args).keys() - START_FLAGS
+    before = {name: value for name, value in saved["args"].items() if name in names}
     p.set_defaults(**before, out_dir=args.out_dir)
     args = p.parse_args(argv)
     for name, value in before.items():
@@ -234,25 +236,25 @@ def make_folder(p, args):
 
 
 def script_of(folder):
-    """The script whose run a folder holds, by its args.json; None if it holds none."""
+    """The script whose run a folder holds, by its args.json; None if it holds none of ours."""
     try:
-        return json.loads((folder / "args.json").read_bytes())["script"]
+        about = json.loads((folder / "args.json").read_bytes())
+        return about["script"] if "torch" in about else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def files_of_run(folder):
-    """The files that training has written into `folder`, by their names. Exits with an error if one
-    of them is a link, or a folder where a file belongs: a run has not made it."""
+    """The files that training writes into `folder`, by their names, but args.json, which shows that
+    they are ours. Exits with an error if one of them is a link, or a folder where a file belongs: a
+    run has not made it."""
     samples = folder / "samples"
     if samples.is_symlink() or samples.is_file():
         common.fail(f"{samples} is not the folder that a run makes: move it away")
-    names = ["checkpoint.pt.tmp", "log.csv.tmp", "args.json.tmp", "checkpoint.pt", "log.csv"]
+    names = ["checkpoint.pt", "log.csv", "checkpoint.pt.tmp", "log.csv.tmp", "args.json.tmp"]
     files = [folder / name for name in names]
     files += [file for file in samples.glob("*.png") if re.fullmatch(r"\d{6,}", file.stem)]
     files += folder.glob("events.out.tfevents.*")
-    # The last one shows whose the others are.
-    files.append(folder / "args.json")
     for file in files:
         if file.is_symlink() or file.is_dir():
             common.fail(f"{file} is not the file that a run makes: move it away")
@@ -299,27 +301,28 @@ def start_run(args, data, state):
     if args.init:
         load_state(args.init, data, {"G": state["G"], "D": state["D"]})
 
-    # The files, once all processes have read those of before.
+    # Write the files, once all processes have read the old ones.
     if common.world_size() > 1:
         dist.barrier()
     if common.rank() > 0:
         return done
     about = {**run_flags(args), **facts(data), "torch": torch.__version__}
     about = json.dumps(about, indent=1).encode()
-    if args.resume:
-        drop_rows_after(done, folder / "log.csv")
+    if args.resume or args.overwrite:
+        if args.resume:
+            drop_rows_after(done, folder / "log.csv")
+        else:
+            for file in files_of_run(folder):
+                file.unlink(missing_ok=True)
         with atomic_write(folder / "args.json") as f:
             f.write(about)
         return done
-    if args.overwrite:
-        for file in files_of_run(folder):
-            file.unlink(missing_ok=True)
-    # Of two runs that are started together, one makes this file and has the folder.
+    # Of two new runs that are started together, only the first one creates this file.
     try:
         with open(folder / "args.json", "xb") as f:
             f.write(about)
-    except FileExistsError:
-        common.fail(f"another run has begun in {folder}: choose another --out-dir")
+    except OSError as error:
+        common.fail(f"{folder} cannot be used: {error.strerror}: choose another --out-dir")
     return done
 
 
@@ -327,7 +330,7 @@ def steps(args, done):
     """A progress bar over the steps of the run after the first `done`. Each step has its own seed,
     and so draws the same random numbers in a resumed run as in an uninterrupted one. After the
     last, says where the last grid is and how to go on."""
-    # More steps begin with the same seeds.
+    # A larger --steps extends the seeds without changing the earlier ones.
     seeds = np.random.SeedSequence([args.seed, common.rank()]).generate_state(args.steps)
 
     def seeded():
@@ -391,13 +394,15 @@ def read_checkpoint(file):
 
 
 def load_state(file, data, state):
-    """Loads the parts of `state` from a checkpoint file and returns the number of its steps. Says
-    how the data differ. Exits with an error if it cannot be read or does not fit."""
+    """Loads the parts of `state` from a checkpoint file and returns the number of its steps.
+    Reports how the data differ. Exits with an error if it cannot be read or does not fit."""
     saved = read_checkpoint(file)
     for name, part in state.items():
+        if name not in saved["state"]:
+            common.fail(f"{file} does not fit: it has no {name}")
         try:
             load_part(part, saved["state"][name])
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             # The last line of PyTorch's message has the shapes.
             last_line = str(error).strip().splitlines()[-1].strip()
             common.fail(f"{file} does not fit: {name}: {last_line}")
@@ -428,7 +433,7 @@ def load_part(part, saved):
             for name, moment in moments.items():
                 if name != "step" and moment.shape != weights[index].shape:
                     raise ValueError(f"the shape of {name} {index} differs")
-        # Its settings are in the flags.
+        # Learning rates and betas come from the flags.
         settings = part.state_dict()["param_groups"]
         part.load_state_dict({"state": saved["state"], "param_groups": settings})
 
@@ -447,12 +452,10 @@ def log(args, step, values):
     if common.rank() > 0:
         return numbers
 
-    file = Path(args.out_dir, "log.csv")
-    is_new = not file.exists()
     rounded = [f"{number:.5g}" for number in numbers.values()]
-    with open(file, "a", newline="") as f:
+    with open(Path(args.out_dir, "log.csv"), "a", newline="") as f:
         rows = csv.writer(f, lineterminator="\n")
-        if is_new:
+        if f.tell() == 0:
             rows.writerow(["step", "time", *numbers])
         rows.writerow([step, f"{time.time():.2f}", *rounded])
     if args.tensorboard:

@@ -52,6 +52,7 @@ FLAGS = {
     "--steps 1e3": "argument --steps: must be a whole number, 1 or more, not 1e3",
     "--seed -1": "argument --seed: must be finite and not negative, not -1",
     "--lr fast": "argument --lr: invalid float value: 'fast'",
+    "--seed 18446744073709551616": "argument --seed: must be finite and not negative, not 184467",
     "--lr nan": "argument --lr: must be finite and not negative, not nan",
     "--beta1 -1": "argument --beta1: must be finite and not negative, not -1",
     "--device tpu": "argument --device: tpu is not a device of this machine: choose from cpu",
@@ -184,7 +185,7 @@ CHECKPOINTS = {
         edit(lambda saved: saved["state"]["G"].popitem()),
         "checkpoint.pt does not fit: G: Missing key",
     ),
-    "no optimiser": (edit(lambda saved: saved["state"].pop("opt_D")), "does not fit: opt_D"),
+    "no optimiser": (edit(lambda saved: saved["state"].pop("opt_D")), "fit: it has no opt_D"),
     "other moments": (
         edit(lambda saved: saved["state"]["opt_G"]["state"][0].update(exp_avg=torch.zeros(3))),
         "does not fit: opt_G: the shape of exp_avg 0 differs",
@@ -237,7 +238,7 @@ def test_a_new_run_needs_an_empty_folder(capsys):
     for k, name in enumerate(("args.json", "log.csv", "samples/000123.png", "checkpoint.pt")):
         file = Path(f"mine{k}", name)
         file.parent.mkdir(parents=True)
-        file.write_text('{"lr": 1}')
+        file.write_text('{"lr": 1, "script": "train.sh"}')
         for flags in ([], ["--overwrite"]):
             for script in ("dcgan", "eight_gaussians"):
                 main = (SCRIPTS.get(script) or eight_gaussians).main
@@ -258,7 +259,7 @@ def test_of_two_runs_that_begin_together_one_has_the_folder():
     data = picture_folder(Path("pictures"))
     args = SCRIPTS["dcgan"].parse_args(["--dataset", str(data), "--out-dir", "run"])
     Path("run/args.json").write_text("another's")
-    with pytest.raises(SystemExit, match="another run has begun in run: choose another --out-dir"):
+    with pytest.raises(SystemExit, match="run cannot be used: File exists: choose another --out"):
         runs.start_run(args, common.Data(1, 3, []), {})
     assert Path("run/args.json").read_text() == "another's"
 
@@ -296,7 +297,7 @@ def test_without_a_run_the_others_are_named(capsys):
         )
         assert code == 1 and line.endswith(f"{message}{runs_there}\n")
     Path("begun").mkdir()
-    Path("begun/args.json").write_text('{"script": "dcgan"}')
+    Path("begun/args.json").write_text('{"script": "dcgan", "torch": "2"}')
     line, code = refused("dcgan", ["--resume", "--out-dir", "begun"], capsys)
     assert code == 1 and "begun holds no checkpoint: begin again with --overwrite" in line
     line, code = refused("dcgan", ["--resume", "--out-dir", "elsewhere/run"], capsys)

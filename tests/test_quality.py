@@ -97,7 +97,7 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
         Image.fromarray(images[0, 0].numpy()).save(tmp_path / "bad" / name)
     good = scored(tmp_path / "good", data_dir, capsys)
     assert good["classes"] == 10 and good["label_accuracy"] > 0.6
-    assert good["frechet"] < 3 * good["floor"]["frechet"]
+    assert good["distance"] < 3 * good["floor"]["distance"]
     assert good["floor"]["classes"] == 10, (
         "of a random part of the test images, which may come sorted"
     )
@@ -105,7 +105,7 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
     assert [p.name[:10] for p in data_dir.iterdir()] == ["digits-40-"]
     bad = scored(tmp_path / "bad", data_dir, capsys)
     assert bad["classes"] == 1 and bad["label_accuracy"] < 0.3
-    assert bad["frechet"] > 10 * good["frechet"] and bad["recall"] < 0.1
+    assert bad["distance"] > 10 * good["distance"] and bad["recall"] < 0.1
     assert scored(tmp_path / "good", data_dir, capsys) == good
     (tmp_path / "copies").mkdir()
     for i, image in enumerate(fewer_by_class(0, 32, 0)[0][::100]):

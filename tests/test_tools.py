@@ -21,12 +21,18 @@ def test_plot_reads_a_log_that_is_being_written_or_was_edited():
         plot.read_log("run")
 
 
-@pytest.mark.parametrize("flags", [[], ["--out", "losses"]])
-def test_plot_replaces_no_file_unasked(flags, capsys):
+def test_plot_writes_into_the_first_run_and_replaces_no_other_file(capsys):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    for run in ("run", "other"):
+        Path(run).mkdir()
+        Path(run, "log.csv").write_text(LOG)
+    for _ in range(2):
+        plot.main(["run", "other"])
+    assert Path("run/losses.png").stat().st_size > 1000
     Path("losses.png").write_text("mine")
     with pytest.raises(SystemExit):
-        plot.main(["run", *flags])
-    assert "losses.png exists: choose another --out, or --overwrite it" in capsys.readouterr().err
+        plot.main(["run", "--out", "losses"])
+    assert "losses.png exists: choose another --out" in capsys.readouterr().err
     assert Path("losses.png").read_text() == "mine"
 
 

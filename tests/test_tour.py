@@ -5,9 +5,15 @@ import os
 import pytest
 from helpers import ROOT
 
-nbclient = pytest.importorskip("nbclient", reason="needs nbclient: pip install -r requirements.txt")
-pytest.importorskip("ipykernel", reason="needs ipykernel: pip install -r requirements.txt")
-pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -r requirements.txt")
+nbclient = pytest.importorskip(
+    "nbclient", reason="needs nbclient: pip install nbclient ipykernel matplotlib"
+)
+pytest.importorskip(
+    "ipykernel", reason="needs ipykernel: pip install nbclient ipykernel matplotlib"
+)
+pytest.importorskip(
+    "matplotlib", reason="needs matplotlib: pip install nbclient ipykernel matplotlib"
+)
 
 
 def test_every_cell_runs(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 """Plots the losses and scores of runs, one row per run.
 
-    python tools/plot.py RUN... [--out FILE] [--overwrite]
+    python tools/plot.py RUN... [--out FILE]
 
-RUN is a run's folder, with its log.csv. Needs matplotlib: pip install matplotlib.
+RUN is a run's folder, with its log.csv. Writes losses.png into the first one, or replaces it. Needs
+matplotlib: pip install matplotlib.
 """
 
 import argparse
@@ -56,23 +57,23 @@ def main(argv=None):
         usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False
     )
     p.add_argument("runs", nargs="+", metavar="RUN", type=os.path.expanduser, help="a run's folder")
-    p.add_argument(
-        "--out", type=os.path.expanduser, default="losses.png", help="image file to write"
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace the image file")
+    p.add_argument("--out", metavar="FILE", help="another image file, which must not exist")
     args = p.parse_args(argv)
-    # Without an ending, matplotlib would add it, and could replace another file.
-    if not Path(args.out).suffix:
-        args.out += ".png"
-    if os.path.exists(args.out) and not args.overwrite:
-        p.error(f"{args.out} exists: choose another --out, or --overwrite it")
+    file = Path(args.runs[0], "losses.png")
+    if args.out:
+        # Without an ending, matplotlib would add it, and could replace another file.
+        file = Path(args.out)
+        if not file.suffix:
+            file = file.with_suffix(".png")
+        if file.exists():
+            p.error(f"{file} exists: choose another --out")
     try:
-        plot(args.runs, args.out)
+        plot(args.runs, file)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}: pip install matplotlib")
     except OSError as error:
         sys.exit(f"error: {error}")
-    print(args.out)
+    print(file)
 
 
 if __name__ == "__main__":

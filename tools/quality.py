@@ -157,7 +157,7 @@ def score(net, real, fake, labels=None):
     )
     result = {
         "images": n,
-        "frechet": frechet_distance(real_features[:n], fake_features[:n]),
+        "distance": frechet_distance(real_features[:n], fake_features[:n]),
         "classes": classes_covered(predicted, 10),
         "precision": precision,
         "recall": recall,
@@ -195,17 +195,21 @@ def main(argv=None):
         allow_abbrev=False,
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("dataset", choices=common.DATASETS)
+    p.add_argument("dataset", choices=common.DATASETS, help="the real images")
     p.add_argument("folder", type=os.path.expanduser, help="of images made by --generate")
-    p.add_argument("--data-dir", type=os.path.expanduser, default="data")
+    p.add_argument(
+        "--data-dir", type=os.path.expanduser, default="data", help="where the dataset is"
+    )
     p.add_argument(
         "--cache-dir",
         type=os.path.expanduser,
         default="data/quality",
         help="where the classifier is kept",
     )
-    p.add_argument("--device", type=runs.device, default=default)
-    p.add_argument("--classifier-steps", type=runs.positive_int, default=1500)
+    p.add_argument("--device", type=runs.device, default=default, help="cpu, cuda, mps, ...")
+    p.add_argument(
+        "--classifier-steps", type=runs.positive_int, default=1500, help="batches to train it"
+    )
     p.add_argument(
         "--neighbours",
         type=os.path.expanduser,
@@ -243,7 +247,8 @@ def main(argv=None):
     print(json.dumps({"folder": str(args.folder), **result, "floor": floor}, indent=1))
     print(
         f"{result['precision']:.0%} of these look real, {result['recall']:.0%} of real ones are "
-        f"like these; Fréchet {result['frechet']:.1f}, at best {floor['frechet']:.1f}",
+        f"like these; the distance is {result['distance']:.1f}, and {floor['distance']:.1f} for "
+        "real test images",
         file=sys.stderr,
     )
 
