@@ -218,13 +218,19 @@ def load_torchvision(name, data_dir, train=True):
     # Rank 0 alone downloads; the other processes wait, and then find the files.
     if rank() > 0:
         dist.barrier()
+    dataset_class = TORCHVISION_DATASETS[name]
     try:
-        dataset = TORCHVISION_DATASETS[name](data_dir, train=train, download=True)
+        dataset = dataset_class(data_dir, train=train, download=True)
         images = torch.as_tensor(dataset.data)
         labels = torch.as_tensor(dataset.targets)
         if len(images) != len(labels):
             raise ValueError(f"there are {len(images):,} images, but {len(labels):,} labels")
     except Exception as error:  # torchvision's readers assert, index and unpickle
+        # torchvision has made folders for a download that may have failed.
+        made = Path(data_dir, dataset_class.__name__)
+        for folder in (made / "raw", made):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         advice = "a damaged file is downloaded again once you have deleted it"
         fail(f"cannot load {name} from {data_dir} ({reason(error)}): {advice}")
     if world_size() > 1 and rank() == 0:

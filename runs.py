@@ -7,7 +7,6 @@ Errors that a user can fix end the program with one line on stderr: argparse's, 
 
 import argparse
 import atexit
-import csv
 import datetime
 import importlib.util
 import json
@@ -452,12 +451,19 @@ def log(args, step, values):
     if common.rank() > 0:
         return numbers
 
-    rounded = [f"{number:.5g}" for number in numbers.values()]
-    with open(Path(args.out_dir, "log.csv"), "a", newline="") as f:
-        rows = csv.writer(f, lineterminator="\n")
-        if f.tell() == 0:
-            rows.writerow(["step", "time", *numbers])
-        rows.writerow([step, f"{time.time():.2f}", *rounded])
+    file = Path(args.out_dir, "log.csv")
+    header = ",".join(["step", "time", *numbers]) + "\n"
+    with open(file, "a+", newline="") as f:
+        f.seek(0)
+        found = f.readline()
+        if found not in ("", header):
+            common.fail(
+                f"{file} has other columns than the script logs ({header[:-1]}): move it away"
+            )
+        if found == "":
+            f.write(header)
+        rounded = [f"{number:.5g}" for number in numbers.values()]
+        f.write(",".join([str(step), f"{time.time():.2f}", *rounded]) + "\n")
     if args.tensorboard:
         for name, number in numbers.items():
             common.summary_writer(args.out_dir).add_scalar(name, number, step)

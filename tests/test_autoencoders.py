@@ -152,14 +152,6 @@ def test_the_loss_of_D_has_its_margin_and_k():
         assert d_real != d_fake
 
 
-@pytest.mark.parametrize("name", ["ebgan", "began"])
-def test_the_flags_of_adam_reach_both_optimisers(name):
-    run = open_script(name, "--lr", 0.125, "--beta1", 0.25, "--beta2", 0.75)
-    for opt in (run.opt_G, run.opt_D):
-        group = opt.param_groups[0]
-        assert float(group["lr"]) == 0.125 and group["betas"] == (0.25, 0.75)
-
-
 def test_k_moves_is_logged_and_survives_a_resume():
     train("began", "whole", "--steps", 10, "--lambda-k", 0.5)
     train("began", "parts", "--steps", 5, "--lambda-k", 0.5)

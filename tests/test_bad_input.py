@@ -108,6 +108,7 @@ DATA = {
     "--data-dir half": "half (RuntimeError: Error downloading train-images",
     "--data-dir wrong": "cannot load mnist from ",
     "--data-dir labels": "cannot load mnist from ",
+    "--data-dir none/deep": "deep (RuntimeError: Error downloading train-images",
     "--data-dir fewer": "(ValueError: there are 20 images, but 19 labels)",
     "--dataset cifar10 --data-dir cifar": "cannot load cifar10 from ",
 }
@@ -141,6 +142,7 @@ def test_missing_and_damaged_data(flags, capsys, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", forbidden)
     line, code = refused("dcgan", ["--device", "cpu", *flags.split()], capsys)
     assert code == 1 and line.startswith("error: ") and DATA[flags] in line
+    assert not Path("none/deep/MNIST").exists(), "no empty folders are left"
 
 
 def edit(change):

@@ -181,13 +181,6 @@ def test_the_penalty_trains_D():
     assert not torch.equal(*weights)
 
 
-def test_the_flags_of_adam_reach_both_optimisers():
-    run = open_script("progan", "--lr", 0.125, "--beta1", 0.25, "--beta2", 0.75)
-    for opt in (run.opt_G, run.opt_D):
-        assert opt.param_groups[0]["lr"] == 0.125
-        assert opt.param_groups[0]["betas"] == (0.25, 0.75)
-
-
 def test_adam_starts_anew_with_each_part_of_a_stage():
     """With 3 steps each, at steps 4, 7, 10 and 13 of 16 pixels."""
     for steps, done in ((3, 3), (4, 1), (8, 2), (15, 3), (17, 5)):

@@ -57,6 +57,15 @@ def test_resume_is_bit_for_bit(name):
     assert log_rows("whole")[-1] == log_rows("parts")[-1]
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_resume_draws_no_grid_again(name, monkeypatch):
+    train(name, "run", "--steps", 2, "--save-every", 2)
+    steps, save_grid = [], common.save_grid
+    monkeypatch.setattr(common, "save_grid", lambda *a: steps.append(a[1]) or save_grid(*a))
+    train(name, "run", "--steps", 3, "--resume", "--save-every", 2)
+    assert steps == [3]
+
+
 def test_resume_needs_no_flags():
     """The run's own are the defaults; where things are and how often it saves are free."""
     train("dcgan", "run", "--steps", 10)
@@ -328,6 +337,24 @@ def test_generate_one_label():
             generate("cgan", 3, "--label", label)
     with pytest.raises(SystemExit):
         SCRIPTS["cgan"].parse_args(["--label", "1"])
+
+
+def test_generated_classes_take_turns_across_batches_of_100():
+    train("cgan", "run", "--steps", 1, data=picture_folder(Path("three"), (0, 1, 2), classes=True))
+    assert list(generate("cgan", 103)) == [f"{i:06d}_class{i % 3}.png" for i in range(103)]
+
+
+def test_other_columns_in_the_log_end_the_run_in_one_line():
+    """As after a change of the script."""
+    train("dcgan", "run", "--steps", 5)
+    file = Path("run/log.csv")
+    before = file.read_text().replace(",d_fake", ",D(G(z))")
+    file.write_text(before)
+    with pytest.raises(
+        SystemExit, match=r"log\.csv has other columns than the script logs \(step,"
+    ):
+        train("dcgan", "run", "--steps", 10, "--resume")
+    assert file.read_text() == before and checkpoint("run")["step"] == 5
 
 
 def test_drawing_grids_does_not_change_the_run():

@@ -81,7 +81,11 @@ def test_updates_are_isolated_and_in_order(name):
     run, update, n = open_update(name, "--lr", 1e-2, n_critic=3)
     networks, events = networks_of(run), watch_optimisers(run)
     before = {which: snapshot(network) for which, network in networks.items()}
+    for network in networks.values():
+        network.register_forward_pre_hook(lambda network, _: modes.append(network.training))
+    modes = []
     update()
+    assert all(modes), "D's fakes come from a G in training mode, and D's norms are, too"
     expected = ["D1", "G1", "D0", "G0"] if name == "stacked_gan" else n * ["D"] + ["G"]
     assert [which for which, *_ in events] == expected
     for which, moved, *_ in events:
@@ -253,6 +257,16 @@ def test_wgan_clips_every_parameter_after_every_update():
     assert isinstance(run.opt_D, torch.optim.RMSprop) and isinstance(run.opt_G, torch.optim.RMSprop)
 
 
+@pytest.mark.parametrize("name, flag", [("wgan_gp", "--gp-weight"), ("tricks", "--r1")])
+def test_the_penalty_trains_D(name, flag):
+    """One update with it leads to other weights of D than one without it."""
+    weights = []
+    for run, weight in (("with", 10), ("without", 1e-9)):
+        train(name, run, "--steps", 1, "--n-critic", 1, flag, weight)
+        weights.append(checkpoint(run)["state"]["D"]["net.2.weight"])
+    assert not torch.equal(*weights)
+
+
 def test_wgan_gp_weighs_the_penalty(monkeypatch):
     """loss_D = d_loss + gp_weight * gradient_penalty, with the penalty of this update's images."""
     run, module = open_script("wgan_gp", "--gp-weight", 7), SCRIPTS["wgan_gp"]
@@ -281,6 +295,17 @@ def test_optimisers_are_those_of_the_flags(name):
     for n in "GD":
         owned = {id(p) for p in getattr(run, f"opt_{n}").param_groups[0]["params"]}
         assert owned == {id(p) for p in getattr(run, n).parameters()}
+
+
+@pytest.mark.parametrize(
+    "name", ["tricks", "ssgan", "stacked_gan", "ebgan", "began", "progan", "stylegan"]
+)
+def test_the_flags_of_adam_reach_all_optimisers(name):
+    labels = ["--labels", 3] if name == "ssgan" else []
+    run = open_script(name, "--lr", 0.125, "--beta1", 0.25, "--beta2", 0.75, *labels)
+    for which in networks_of(run):
+        (group,) = run.state[f"opt_{which}"].param_groups
+        assert float(group["lr"]) == 0.125 and group["betas"] == (0.25, 0.75)
 
 
 PUBLISHED = {  # lr, beta1, beta2, n_critic, batch_size, variant flags
