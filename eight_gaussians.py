@@ -24,15 +24,9 @@ The methods, and what they add:
     r3gan-r1        the same with R1 alone
 
 The learning rate falls linearly to 0 over the second half of the run: with a constant one, G's
-points keep moving. The settings of each method were chosen on seeds 0 to 2, from nine pairs
-(docs/experiments.md), except that gan-slow-d has those of gan: it is there to show collapse.
-
-The data are those of gan_toy.py (github.com/igul222/improved_wgan_training), before it divides them
-by 1.414: radius 2, standard deviation 0.02, after Metz et al. 2016
-(https://arxiv.org/abs/1611.02163). The networks have its three hidden layers, but 64 units in each
-instead of 512, and PyTorch's initialisation instead of He's. gan_toy.py trains for 100,000
-steps at a constant learning rate of 1e-4. Modes are counted as in PacGAN, Lin et al. 2018
-(https://arxiv.org/abs/1712.04086).
+points keep moving. The settings of each method were chosen on seeds 0 to 2 (docs/results.md),
+except that gan-slow-d has those of gan: it is there to show collapse. The data and the networks are
+those of gan_toy.py by the authors of WGAN-GP, with narrower layers (docs/papers.md).
 
 The script runs on the CPU, which is enough for networks of this size.
 """

@@ -203,12 +203,12 @@ def swap_labels(y, p):
     return torch.where(torch.rand_like(y) < p, 1 - y, y)
 
 
-def r1_penalty(D, x_real):
+def r1_penalty(D, x):
     """E[||grad D(x)||^2] at real images (N, C, S, S): the mean over the images of the squared norm
     of each one's own gradient. Mescheder et al. 2018, eq. 9, weigh it by gamma / 2 as here; the
     `reg_param` of their code has no 1/2, so that its 10 is --r1 20."""
-    x_real = x_real.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(D(x_real).sum(), x_real, create_graph=True)
+    x = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
 
 

@@ -13,9 +13,11 @@ tqdm.monitor_interval = 0
 
 
 @pytest.fixture(autouse=True)
-def full_precision():
-    """A test that trains on CUDA switches TF32 on, which must not reach the tests after it."""
+def defaults_of_torch():
+    """A test that trains on CUDA switches TF32 and cuDNN's search on, which must not reach the
+    tests after it."""
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = False
 
 
 @pytest.fixture(autouse=True)

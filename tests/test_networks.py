@@ -29,6 +29,14 @@ def test_shapes_and_ranges(name, image_size, channels, device):
     assert scores.isfinite().all()
 
 
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"gan", "ssgan", "stacked_gan"}))
+def test_other_sizes_are_refused(name):
+    """Such as MNIST's 28, for which some would draw images of 24 or 32 pixels."""
+    n_classes = [3] if name == "cgan" else []
+    with pytest.raises(ValueError, match=r"image_size is 28, but must be 16, 32, 64, \.\.\. 1024"):
+        SCRIPTS[name].Generator(6, 8, 3, 28, *n_classes)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_are_raw(name):
     """No sigmoid: scaling the last layer scales the scores, to any sign and size."""

@@ -393,7 +393,7 @@ def test_the_default_device_is_the_gpu(name, monkeypatch):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     assert SCRIPTS[name].parse_args([]).device == "cuda"
     assert SCRIPTS[name].parse_args(["--device", "cuda:1"]).device == "cuda:1"
-    assert chosen == [1]
+    assert chosen == [1] and torch.backends.cudnn.benchmark
 
 
 def test_mps_is_accepted_where_there_is_one(monkeypatch):

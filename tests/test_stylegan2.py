@@ -275,10 +275,14 @@ def test_init_replaces_the_average_too():
 
 
 def test_truncation(monkeypatch):
-    """w = mean + truncation (w - mean), with the average of G; it may be given with --generate."""
+    """w = mean + truncation (w - mean), with the average of G and its mapping, which differs here
+    from that of G."""
     train("stylegan2", "run", "--steps", 6, "--lr", 0.02)
+    saved = checkpoint("run")
+    saved["state"]["average"]["mapping.second.bias"] += 100
+    torch.save(saved, "run/checkpoint.pt")
     G = stylegan2.Generator(6, 8, 3, 16).eval()
-    G.load_state_dict(checkpoint("run")["state"]["average"])
+    G.load_state_dict(saved["state"]["average"])
     recorded_w = []
     synthesise = stylegan2.Generator.synthesise
     monkeypatch.setattr(

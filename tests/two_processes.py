@@ -11,7 +11,7 @@ from helpers import train as train_without_waiting
 import common
 import gan
 import runs
-import stylegan2
+import stylegan
 import wgan_gp
 
 HALF = 4
@@ -78,8 +78,8 @@ FLAGS |= {"script": "dcgan", "batch_size": HALF, "overwrite": False}
 start_run = runs.start_run
 runs.start_run = watched_start_run
 results, betas = {}, []
-move_average = stylegan2.move_average
-stylegan2.move_average = lambda *args: betas.append(args[2]) or move_average(*args)
+move_average = stylegan.move_average
+stylegan.move_average = lambda *args: betas.append(args[2]) or move_average(*args)
 for name in SCRIPTS:
     seen = {}
     n_critic = [] if name in WITHOUT_N_CRITIC else ["--n-critic", 2]
