@@ -278,11 +278,11 @@ def test_truncation_is_for_generate_alone():
 
 
 def test_learns_one_picture_through_all_stages():
-    flags = "--image-size 16 --batch-size 4 --width 16 --z-dim 6 --stage-steps 40 --steps 200"
+    flags = "--image-size 16 --batch-size 4 --width 8 --z-dim 6 --stage-steps 40 --steps 200"
     data = picture_folder(Path("pictures"))
     flags = f"{flags} --r1 0.1 --lr 6e-3 --save-every 1000 --out-dir run --device cpu"
     stylegan.main(f"--dataset {data} {flags}".split())
-    G = stylegan.Generator(6, 16, 3, 16)
+    G = stylegan.Generator(6, 8, 3, 16)
     G.load_state_dict(checkpoint("run")["state"]["G"])
     with torch.no_grad():
         images = (G(torch.randn(8, 6), 2).permute(0, 2, 3, 1).numpy() + 1) * 127.5

@@ -28,7 +28,7 @@ import tricks
 
 REAL, FAKE = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([-0.3, 1.2, -2.0])
 POLICY = "color translation cutout"
-ONE = "replay 16,feature-matching,minibatch-kernels 4 --steps 160,r1 0.1,ema 0.9,decay --steps 160"
+ONE = "replay 16,feature-matching,minibatch-kernels 4 --steps 160,r1 0.1"
 ONE += f",diffaug {POLICY}"
 ALL = "--smooth 0.1 --flip 0.1 --noise 0.1 --replay 9 --feature-matching --r1 1 --ema 0.9 --decay"
 ALL += f" --diffaug {POLICY}"
