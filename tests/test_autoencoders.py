@@ -199,7 +199,7 @@ def test_z_of_began_is_uniform(monkeypatch):
 @pytest.mark.parametrize("name", ["ebgan", "began"])
 def test_learns_one_picture(name):
     data, run = picture_folder(Path("pictures")), "--out-dir run --device cpu"
-    quick = "--image-size 16 --batch-size 8 --width 8 --z-dim 6 --lr 3e-3 --steps 200"
+    quick = "--image-size 16 --batch-size 4 --width 8 --z-dim 6 --lr 3e-3 --steps 160"
     SCRIPTS[name].main(f"--dataset {data} {quick} --save-every 1000 {run}".split())
     SCRIPTS[name].main(f"--generate 4 {run}".split())
     for file in Path("run", "generated").iterdir():

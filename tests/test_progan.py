@@ -240,7 +240,7 @@ def test_generate_draws_at_the_stage_of_the_run():
 
 def test_learns_one_picture_through_all_stages():
     """G itself: its average takes longer than this."""
-    flags = "--image-size 16 --batch-size 4 --width 8 --z-dim 6 --stage-steps 30 --steps 200"
+    flags = "--image-size 16 --batch-size 4 --width 8 --z-dim 6 --stage-steps 20 --steps 140"
     data = picture_folder(Path("pictures"))
     flags = f"{flags} --gamma 1 --lr 6e-3 --save-every 1000 --out-dir run --device cpu"
     progan.main(f"--dataset {data} {flags}".split())

@@ -360,13 +360,13 @@ def test_run(name, device):
 
 # Flags under which one picture is learnt quickly: few steps at a high rate.
 QUICK = {
-    "gan": "--steps 400 --width 100",
-    "dcgan": "--steps 200 --width 16",
-    "cgan": "--steps 300 --width 16",
-    "lsgan": "--steps 250 --width 16",
-    "wgan": "--steps 150 --width 16 --n-critic 2",
-    "wgan_gp": "--steps 130 --width 16 --n-critic 2",
-    "sngan": "--steps 160 --width 8",
+    "gan": "--steps 250 --width 100",
+    "dcgan": "--steps 150 --width 12",
+    "cgan": "--steps 200 --width 12",
+    "lsgan": "--steps 180 --width 12",
+    "wgan": "--steps 120 --width 12 --n-critic 2",
+    "wgan_gp": "--steps 100 --width 12 --n-critic 2",
+    "sngan": "--steps 120 --width 6",
 }
 
 
@@ -379,7 +379,7 @@ def test_learns_one_picture(name):
     data = picture_folder(Path("pictures"), kinds, classes=len(kinds) > 1)
     run = "--out-dir run --device cpu"
     flags = (
-        f"--image-size 16 --batch-size 8 --lr 1e-3 --log-every 50 --save-every 1000 {QUICK[name]}"
+        f"--image-size 16 --batch-size 8 --lr 2e-3 --log-every 50 --save-every 1000 {QUICK[name]}"
     )
     SCRIPTS[name].main(f"--dataset {data} {flags} {run}".split())
     SCRIPTS[name].main(f"--generate 8 {run}".split())
