@@ -210,7 +210,7 @@ def main(argv=None):
         labels = torch.arange(args.generate, device=args.device) % n_classes
         if args.label != "all":
             labels.fill_(common.class_number(args.label, data.classes))
-        return common.generate(args, lambda n, y: sample(noise(n), y), labels)
+        return common.generate(args, lambda n, y: sample(noise(n), y), labels, data.classes)
     if done == 0:
         common.save_grid(args, 0, sample(fixed_z, fixed_y), columns)
 

@@ -170,10 +170,14 @@ def class_number(label, classes):
     may also be an index. Exits with an error if there is no such class."""
     if label in classes:
         return classes.index(label)
-    names_are_numbers = all(name.isdecimal() for name in classes)
-    if label.isdecimal() and int(label) < len(classes) and not names_are_numbers:
+    if label.isdecimal() and int(label) < len(classes) and not are_numbers(classes):
         return int(label)
     fail(f"--label is {label}: the classes are {first_ten(classes)}")
+
+
+def are_numbers(classes):
+    """Whether all names of classes are whole numbers."""
+    return all(name.isdecimal() for name in classes)
 
 
 def draw_digits(n, size, seed):
@@ -231,7 +235,7 @@ def load_torchvision(name, data_dir, train=True):
         for folder in (made / "raw", made):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        advice = "a damaged file is downloaded again once you have deleted it"
+        advice = "check the connection, or delete a damaged file to download it again"
         fail(f"cannot load {name} from {data_dir} ({reason(error)}): {advice}")
     if world_size() > 1 and rank() == 0:
         dist.barrier()
@@ -275,7 +279,7 @@ def load_folder(folder, size):
         return images, torch.zeros(len(images), dtype=torch.int64), []
     parents = [file.parts[0] for file in readable]
     classes = sorted(set(parents))
-    if all(name.isdecimal() for name in classes):
+    if are_numbers(classes):
         classes.sort(key=int)
     number_of = {name: number for number, name in enumerate(classes)}
     labels = torch.tensor([number_of[parent] for parent in parents])
@@ -464,13 +468,14 @@ def summary_writer(folder):
     return SummaryWriter(folder)
 
 
-def generate(args, draw, labels=None):
+def generate(args, draw, labels=None, classes=()):
     """Writes `args.generate` images to generated/000000.png, ... in `args.out_dir`. If that folder
     exists, they go to generated-2/ or the next free number. `draw(n)` returns n images (n, C, S, S)
     in [-1, 1].
 
-    With `labels`, int64 (`args.generate`,), `draw(n, y)` returns n images of the classes y,
-    (n,), and the file names have the class: 000003_class7.png.
+    With `labels`, int64 (`args.generate`,), indices of `classes`, `draw(n, y)` returns n images of
+    the classes y, (n,), and the file names have the class, 000003_class7.png: its name if all names
+    are whole numbers, else its index.
     """
     folder = Path(args.out_dir, "generated")
     for number in itertools.count(2):
@@ -490,7 +495,8 @@ def generate(args, draw, labels=None):
         else:
             y = labels[first : first + n]
             images = draw(n, y)
-            suffixes = [f"_class{label}" for label in y.tolist()]
+            numbers = classes if are_numbers(classes) else range(len(classes))
+            suffixes = [f"_class{numbers[label]}" for label in y.tolist()]
         images = images.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
         for k in range(n):
             file = folder / f"{first + k:06d}{suffixes[k]}.png"

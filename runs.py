@@ -89,7 +89,7 @@ def parse_args(p, argv, signed=()):
     p.usage = argparse.SUPPRESS
     p.allow_abbrev = False
     p.formatter_class = HelpFormatter
-    p.epilog = f"example: python {p.prog} --dataset digits --width 16 --steps 900"
+    p.epilog = "README.md begins with an example, and docs/results.md has one for each script."
     add_shared_flags(p)
     p.set_defaults(script=Path(p.prog).stem)
     args = p.parse_args(argv)
@@ -158,7 +158,7 @@ def add_shared_flags(p):
     start.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
     start.add_argument("--generate", type=positive_int, metavar="N", help="draw N images and stop")
     start.add_argument(
-        "--overwrite", action="store_true", help="delete the run in --out-dir and start a new one"
+        "--overwrite", action="store_true", help="delete the run in --out-dir, but not generated/"
     )
     group.add_argument(
         "--init",
@@ -191,6 +191,8 @@ def parse_with_run(p, argv, args):
             message += ": begin again with --overwrite"
         elif others:
             message += f": set --out-dir, for example to {common.first_ten(others)}"
+        else:
+            message += ": there is no run to go on with"
         common.fail(message)
     saved = read_checkpoint(file)
     writer = saved["args"]["script"]
@@ -322,8 +324,10 @@ def start_run(args, data, state):
     try:
         with open(folder / "args.json", "xb") as f:
             f.write(about)
+    except FileExistsError:
+        common.fail(f"another run has just begun in {folder}: choose another --out-dir")
     except OSError as error:
-        common.fail(f"{folder} cannot be used: {error.strerror}: choose another --out-dir")
+        common.fail(f"{folder} cannot be used: {error.strerror}")
     return done
 
 

@@ -397,7 +397,11 @@ def main(argv=None):
         labels = torch.arange(args.generate, device=args.device) % n_classes
         if args.label != "all":
             labels.fill_(common.class_number(args.label, data.classes))
-        return common.generate(args, lambda n, y: sample((noise(n), noise(n)), y), labels)
+
+        def draw(n, y):
+            return sample((noise(n), noise(n)), y)
+
+        return common.generate(args, draw, labels, data.classes)
     if done == 0:
         train_encoder(args, data, E)
         common.save_grid(args, 0, sample(fixed_z, fixed_y), columns)

@@ -261,7 +261,7 @@ def test_of_two_runs_that_begin_together_one_has_the_folder():
     data = picture_folder(Path("pictures"))
     args = SCRIPTS["dcgan"].parse_args(["--dataset", str(data), "--out-dir", "run"])
     Path("run/args.json").write_text("another's")
-    with pytest.raises(SystemExit, match="run cannot be used: File exists: choose another --out"):
+    with pytest.raises(SystemExit, match="another run has just begun in run: choose another"):
         runs.start_run(args, common.Data(1, 3, []), {})
     assert Path("run/args.json").read_text() == "another's"
 
@@ -303,7 +303,7 @@ def test_without_a_run_the_others_are_named(capsys):
     line, code = refused("dcgan", ["--resume", "--out-dir", "begun"], capsys)
     assert code == 1 and "begun holds no checkpoint: begin again with --overwrite" in line
     line, code = refused("dcgan", ["--resume", "--out-dir", "elsewhere/run"], capsys)
-    assert code == 1 and line.endswith("holds no checkpoint\n")
+    assert code == 1 and line.endswith("holds no checkpoint: there is no run to go on with\n")
 
 
 def test_cuda_without_cuda(capsys, monkeypatch):
@@ -395,4 +395,4 @@ def test_help_shows_the_defaults(capsys):
     for default in ["64", "5e-05", "0.99", "0.01", "mnist", "20000"]:
         assert f"(default: {default})" in out
     assert "None" not in out and "False" not in out and "True" not in out
-    assert "example: python wgan.py --dataset digits" in out
+    assert "README.md begins with an example" in out

@@ -344,6 +344,16 @@ def test_generated_classes_take_turns_across_batches_of_100():
     assert list(generate("cgan", 103)) == [f"{i:06d}_class{i % 3}.png" for i in range(103)]
 
 
+def test_file_names_have_the_names_of_numbered_classes():
+    for name in ("1", "2", "10"):
+        picture_folder(Path("numbers", name))
+    train("cgan", "run", "--steps", 1, data="numbers")
+    assert list(generate("cgan", 4)) == [
+        f"{i:06d}_class{n}.png" for i, n in enumerate([1, 2, 10, 1])
+    ]
+    assert list(generate("cgan", 1, "--label", 10)) == ["000000_class10.png"]
+
+
 def test_other_columns_in_the_log_end_the_run_in_one_line():
     """As after a change of the script."""
     train("dcgan", "run", "--steps", 5)
