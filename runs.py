@@ -27,8 +27,16 @@ from tqdm import tqdm
 import common
 
 # Flags of one start of a script. All others belong to the run and are kept in its checkpoint.
-START_FLAGS = {"out_dir", "resume", "overwrite", "init", "generate", "device", "tensorboard"}
-START_FLAGS |= {"cuda_graph"}
+START_FLAGS = {
+    "out_dir",
+    "resume",
+    "overwrite",
+    "init",
+    "generate",
+    "device",
+    "cuda_graph",
+    "tensorboard",
+}
 
 
 # flags --------------------------------------------------------------------------------------------
@@ -348,6 +356,7 @@ def steps(args, done):
             elif args.device != "cpu":
                 torch.cuda.manual_seed(seed)
             yield step
+        # Close the bar at its full length, so that the last line stands below it.
         progress.n = args.steps
         progress.close()
         last = Path(args.out_dir, "samples", f"{args.steps:06d}.png")
@@ -413,12 +422,12 @@ def load_state(file, data, state):
             common.fail(f"{file} does not fit: {name}: {last_line}")
 
     before = saved["data"]
-    if before != facts(data):
-        common.say(
-            f"the data were {before['number']:,} images ({common.first_ten(before['classes'])}), "
-            f"and are {data.number:,} now ({common.first_ten(data.classes)}): classes are matched "
-            "by their order"
-        )
+    if before["number"] != data.number:
+        common.say(f"the data were {before['number']:,} images, and are {data.number:,} now")
+    if before["classes"] != data.classes:
+        was = common.first_ten(before["classes"]) or "none"
+        now = common.first_ten(data.classes) or "none"
+        common.say(f"the classes were {was}, and are {now} now: they are matched by their order")
     return saved["step"]
 
 

@@ -409,6 +409,7 @@ def main(argv=None):
         opt_D.zero_grad()
         (R1_EVERY * args.r1 / 2 * penalty).backward()
         opt_D.step()
+        # Every row of the log shows the penalty of the last of these updates.
         r1.copy_(penalty.detach())
         return {"r1": r1}
 
