@@ -29,7 +29,6 @@ TORCHVISION_DATASETS = {
 }
 DATASETS = [*TORCHVISION_DATASETS, "digits"]
 DATASET_HELP = "mnist, fashion-mnist, cifar10, digits (needs no download), or a folder of images"
-IMAGE_SIZES = [16, 32, 64, 128, 256, 512, 1024]
 
 # The endings of image files, and names of folders that systems make, or that are rarely classes.
 ENDINGS = {*IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".avif", ".heic", ".heif"}

@@ -34,7 +34,7 @@ def parse_args(argv=None):
     p.add_argument("--beta1", type=float, default=0.5, help="Adam's beta1")
     p.add_argument("--beta2", type=float, default=0.999, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
-    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument("--image-size", type=runs.image_size, default=32, help="side in pixels")
     p.add_argument("--a", type=float, default=0.0, help="D's target for fakes")
     p.add_argument("--b", type=float, default=1.0, help="D's target for real images")
     p.add_argument("--c", type=float, default=1.0, help="G's target for fakes")

@@ -47,7 +47,7 @@ def parse_args(argv=None):
     p.add_argument("--beta1", type=float, default=0.0, help="Adam's beta1")
     p.add_argument("--beta2", type=float, default=0.99, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
-    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument("--image-size", type=runs.image_size, default=32, help="side in pixels")
     p.add_argument("--gp-weight", type=float, default=10.0, help="weight of the gradient penalty")
     p.add_argument("--gamma", type=float, default=750.0, help="slope that the penalty asks for")
     p.add_argument(

@@ -52,7 +52,7 @@ def parse_args(argv=None):
     p.add_argument("--beta2-end", type=float, default=0.99, help="the same at the end")
     p.add_argument("--gamma", type=float, default=0.05, help="weight of R1 and R2 at the start")
     p.add_argument("--gamma-end", type=float, default=0.005, help="the same at the end")
-    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument("--image-size", type=runs.image_size, default=32, help="side in pixels")
     args = runs.parse_args(p, argv)
     if args.width % 8:
         p.error(f"--width is {args.width}, which is not a multiple of 8")

@@ -8,6 +8,7 @@ Errors that a user can fix end the program with one line on stderr: argparse's, 
 import argparse
 import atexit
 import datetime
+import difflib
 import importlib.util
 import json
 import math
@@ -46,6 +47,16 @@ def positive_int(text):
     """argparse type: a whole number, 1 or more."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text}")
+    return int(text)
+
+
+def image_size(text):
+    """argparse type: the side of square images in pixels, a power of 2 from 16 to 1024."""
+    sizes = ["16", "32", "64", "128", "256", "512", "1024"]
+    if text not in sizes:
+        raise argparse.ArgumentTypeError(
+            f"must be one of {', '.join(sizes)}, not {text}: images are cropped to squares"
+        )
     return int(text)
 
 
@@ -100,7 +111,11 @@ def parse_args(p, argv, signed=()):
     p.epilog = "README.md begins with an example, and docs/results.md has one for each script."
     add_shared_flags(p)
     p.set_defaults(script=Path(p.prog).stem)
-    args = p.parse_args(argv)
+    args, unknown = p.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], flag_names(p), n=1)
+        hint = f": did you mean {close[0]}?" if close else ""
+        p.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     for name, value in vars(args).items():
         lowest = -(2**63) if name in signed else 0
         is_number = type(value) in (int, float)  # and not a bool
@@ -141,6 +156,11 @@ def parse_args(p, argv, signed=()):
     return args
 
 
+def flag_names(p):
+    """The flags that `p` knows, such as --batch-size."""
+    return [name for action in p._actions for name in action.option_strings]
+
+
 def add_shared_flags(p):
     """Adds the flags that all scripts share: data, run and device."""
     group = p.add_argument_group("data")
@@ -161,12 +181,19 @@ def add_shared_flags(p):
     group.add_argument(
         "--save-every", type=positive_int, default=500, help="steps between grids and checkpoints"
     )
+    group.add_argument(
+        "--keep-checkpoints",
+        action="store_true",
+        help="keep the checkpoint of each save, as step-000500/checkpoint.pt",
+    )
     group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
     start = group.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
     start.add_argument("--generate", type=positive_int, metavar="N", help="draw N images and stop")
     start.add_argument(
-        "--overwrite", action="store_true", help="delete the run in --out-dir, but not generated/"
+        "--overwrite",
+        action="store_true",
+        help="delete the run in --out-dir, but not generated/ and step-*/",
     )
     group.add_argument(
         "--init",
@@ -257,8 +284,8 @@ def script_of(folder):
 
 def files_of_run(folder):
     """The files that training writes into `folder`, by their names, but args.json, which shows that
-    they are ours. Exits with an error if one of them is a link, or a folder where a file belongs: a
-    run has not made it."""
+    they are ours, and the kept checkpoints. Exits with an error if one of them is a link, or a
+    folder where a file belongs: a run has not made it."""
     samples = folder / "samples"
     if samples.is_symlink() or samples.is_file():
         common.fail(f"{samples} is not the folder that a run makes: move it away")
@@ -370,8 +397,8 @@ def steps(args, done):
 
 def save_checkpoint(args, data, step, state):
     """Writes checkpoint.pt in `args.out_dir`: a dict of the run's flags ("args"), "data", "step"
-    and "state", for torch.load. Exits with an error if a weight is not finite; the previous
-    checkpoint is kept."""
+    and "state", for torch.load. With --keep-checkpoints, also writes it in a folder of its own.
+    Exits with an error if a weight is not finite; the previous checkpoint is kept."""
     parts = {}
     for name, part in state.items():
         parts[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
@@ -381,8 +408,16 @@ def save_checkpoint(args, data, step, state):
 
     if common.rank() == 0:
         saved = {"args": run_flags(args), "data": facts(data), "step": step, "state": parts}
-        with atomic_write(Path(args.out_dir, "checkpoint.pt")) as f:
-            torch.save(saved, f)
+        folder = Path(args.out_dir)
+        files = [folder / "checkpoint.pt"]
+        if args.keep_checkpoints:
+            # A folder of its own makes it a run for --out-dir.
+            kept = folder / f"step-{step:06d}"
+            kept.mkdir(exist_ok=True)
+            files.insert(0, kept / "checkpoint.pt")
+        for file in files:
+            with atomic_write(file) as f:
+                torch.save(saved, f)
 
 
 def facts(data):

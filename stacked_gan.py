@@ -53,7 +53,7 @@ def parse_args(argv=None):
     p.add_argument("--beta1", type=float, default=0.5, help="Adam's beta1, of G and D")
     p.add_argument("--beta2", type=float, default=0.999, help="Adam's beta2, of G and D")
     p.add_argument("--n-gen", type=runs.positive_int, default=1, help="G updates per D update")
-    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument("--image-size", type=runs.image_size, default=32, help="side in pixels")
     p.add_argument("--entropy-weight", type=float, default=10.0, help="weight of the entropy loss")
     p.add_argument(
         "--encoder-steps", type=runs.positive_int, default=1200, help="updates of E, before --steps"

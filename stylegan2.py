@@ -50,7 +50,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=2.5e-3, help="learning rate")
     p.add_argument("--beta1", type=float, default=0.0, help="Adam's beta1")
     p.add_argument("--beta2", type=float, default=0.99, help="Adam's beta2")
-    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument("--image-size", type=runs.image_size, default=32, help="side in pixels")
     p.add_argument("--r1", type=float, default=0.01, help="weight gamma of the R1 penalty")
     p.add_argument(
         "--truncation",

@@ -35,7 +35,7 @@ def parse_args(argv=None):
     p.add_argument("--momentum", type=float, default=0.0, help="RMSprop's momentum")
     p.add_argument("--alpha", type=float, default=0.99, help="RMSprop's alpha")
     p.add_argument("--n-critic", type=runs.positive_int, default=5, help="D updates per G update")
-    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument("--image-size", type=runs.image_size, default=32, help="side in pixels")
     p.add_argument("--clip", type=float, default=0.01, help="D's parameters are clipped to +-clip")
     return runs.parse_args(p, argv)
 

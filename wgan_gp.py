@@ -37,7 +37,7 @@ def parse_args(argv=None):
     p.add_argument("--beta1", type=float, default=0.5, help="Adam's beta1")
     p.add_argument("--beta2", type=float, default=0.9, help="Adam's beta2")
     p.add_argument("--n-critic", type=runs.positive_int, default=5, help="D updates per G update")
-    p.add_argument("--image-size", type=int, choices=common.IMAGE_SIZES, default=32, help="pixels")
+    p.add_argument("--image-size", type=runs.image_size, default=32, help="side in pixels")
     p.add_argument("--gp-weight", type=float, default=10.0, help="weight of the gradient penalty")
     return runs.parse_args(p, argv)
 

@@ -43,8 +43,8 @@ def refused(name, argv, capsys):
 
 
 FLAGS = {
-    "--image-size 48": "argument --image-size: invalid choice: ",
-    "--image-size big": "argument --image-size: invalid int value: 'big'",
+    "--image-size 48": "512, 1024, not 48: images are cropped to squares",
+    "--image-size 256x192": "argument --image-size: must be one of 16, 32, ",
     **{
         f"--{flag} 0": f"argument --{flag}: must be a whole number, 1 or more, not 0"
         for flag in ("steps", "n-critic", "width", "log-every", "save-every", "generate", "z-dim")
@@ -60,8 +60,9 @@ FLAGS = {
     "--resume --overwrite": "argument --overwrite: not allowed with argument --resume",
     "--resume --init x": "--init begins a new run: leave out --resume and --generate",
     "--out-dir new --init new/checkpoint.pt": "new/checkpoint.pt is in --out-dir, whose",
-    "--epochs 3": "unrecognized arguments: --epochs",
-    "--cuda": "unrecognized arguments: --cuda",
+    "--epochs 3": "unrecognized arguments: --epochs 3: did you mean --steps?",
+    "--batch_size 64": "unrecognized arguments: --batch_size 64: did you mean --batch-size?",
+    "--cuda": "unrecognized arguments: --cuda\n",
     "--out-dir file": "--out-dir file cannot be used: ",
     "--out-dir file/below": "--out-dir file/below cannot be used: ",
     f"--out-dir {'long' * 100}": "cannot be used: ",

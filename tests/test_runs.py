@@ -263,6 +263,18 @@ def test_overwrite_deletes_the_files_of_the_run_and_no_others(monkeypatch):
     assert_same_run("run", "whole")
 
 
+def test_kept_checkpoints_are_runs_of_their_own():
+    """That of step 20 draws images, and trained on to step 40 ends as the run that it is from."""
+    train("dcgan", "run", "--steps", 40, "--save-every", 20, "--keep-checkpoints")
+    assert checkpoint("run/step-000020")["step"] == 20
+    assert same(checkpoint("run/step-000040"), checkpoint("run"))
+    assert len(generate("dcgan", 2, run="run/step-000020")) == 2
+    SCRIPTS["dcgan"].main(["--out-dir", "run/step-000020", "--resume", "--device", "cpu"])
+    assert same(checkpoint("run/step-000020"), checkpoint("run"))
+    train("dcgan", "run", "--steps", 10, "--overwrite")
+    assert Path("run/step-000040/checkpoint.pt").exists()
+
+
 def test_the_last_line_names_the_last_grid_and_the_way_on(capsys):
     """The command can be pasted."""
     train("dcgan", "my run", "--steps", 7)

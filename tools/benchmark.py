@@ -152,7 +152,7 @@ def main(argv=None):
     p.add_argument("--device", type=runs.device, default="cpu")
     p.add_argument("--dataset", default="mnist", choices=common.TORCHVISION_DATASETS)
     p.add_argument("--data-dir", type=os.path.expanduser, default="data")
-    p.add_argument("--sizes", type=int, choices=common.IMAGE_SIZES, nargs="+", default=[32, 64])
+    p.add_argument("--sizes", type=runs.image_size, nargs="+", default=[32, 64])
     p.add_argument("--rounds", type=runs.positive_int, default=5)
     p.add_argument("--seconds", type=float, default=3.0, help="of a way in a round")
     p.add_argument("--no-cuda-graph", action="store_true")

@@ -100,7 +100,7 @@ REPLACEMENTS = [
     ("\n\nimport common\nimport runs\n", "\n"),
     # Flags.
     ("runs.positive_int", "int"),
-    ("choices=common.IMAGE_SIZES", "choices=[16, 32, 64, 128]"),
+    ("runs.image_size", "int"),
     ("at least 2 per process", "at least 2"),
     ("    return runs.parse_args(p, argv)\n", FLAGS + "    return p.parse_args(argv)\n"),
     ("    args = runs.parse_args(p, argv)\n", FLAGS + "    args = p.parse_args(argv)\n"),
