@@ -121,3 +121,29 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
     Image.new("L", (64, 64)).save(tmp_path / "good" / "walk.png")
     with pytest.raises(SystemExit, match="images of several sizes"):
         scored(tmp_path / "good", data_dir, capsys)
+
+
+def test_own_images(tmp_path, capsys):
+    """A folder of classes is cut in halves; generated images may have another size; a class that is
+    a number stands in their names, not its index."""
+    images, labels = common.draw_digits(2000, 32, seed=7)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        image = Image.fromarray(image[0].numpy())
+        for digit in (3, 8):
+            if label == digit:
+                real = tmp_path / "real" / str(digit) / f"{i}.png"
+                fake = tmp_path / "fake" / f"{i:06d}_class{digit}.png"
+                for file in (real, fake):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                image.save(real)
+                image.resize((64, 64)).save(fake)
+
+    flags = ["--cache-dir", str(tmp_path / "cache"), "--device", "cpu", "--classifier-steps", "40"]
+    quality.main([str(tmp_path / "real"), str(tmp_path / "fake"), *flags])
+    result = json.loads(capsys.readouterr().out)
+    assert result["classes"] == 2 and result["label_accuracy"] > 0.9
+    assert result["distance"] < 3 * result["floor"]["distance"] and result["floor"]["distance"] > 0
+    with pytest.raises(SystemExit, match="there is no folder"):
+        quality.main(["cifar", str(tmp_path / "fake"), *flags])
+    with pytest.raises(SystemExit, match="has no subfolder per class"):
+        quality.main([str(tmp_path / "real" / "3"), str(tmp_path / "fake"), *flags])

@@ -46,7 +46,6 @@ def test_plot_writes_into_the_first_run_and_replaces_no_other_file(capsys):
         ),
         (benchmark.main, "--device gpu", "argument --device: gpu is not a device of this machine"),
         (quality.main, "mnist x --classifier-steps 0", "argument --classifier-steps: must be a"),
-        (quality.main, "cifar x", "argument dataset: invalid choice: 'cifar'"),
         (plot.main, "", "the following arguments are required: RUN"),
     ],
 )

@@ -1,11 +1,13 @@
 """Scores images made by `--generate` against a real dataset, in the features of a small classifier.
 
     python tools/quality.py mnist runs/dcgan-mnist/generated
+    python tools/quality.py path/to/images runs/dcgan-images/generated
 
 The classifier is trained here, once, on the dataset's training images at 32 px, and kept under
-`--cache-dir`. Its features are not Inception's: the numbers compare runs with each other and
-with the floor, which is the same score of real training against real test images, and not with
-published FIDs.
+`--cache-dir`. A folder of your own images needs a subfolder per class; a random half of it is for
+training and the other half for the test. The features are not Inception's: the numbers compare runs
+with each other and with the floor, which is the same score of real training against real test
+images, and not with published FIDs.
 """
 
 import argparse
@@ -72,10 +74,10 @@ def precision_recall(real, fake, k=5):
 
 
 class Classifier(nn.Module):
-    """Images (N, C, 32, 32) in [-1, 1] -> logits (N, 10); `features` is the layer before, (N,
-    128)."""
+    """Images (N, C, 32, 32) in [-1, 1] -> logits (N, n_classes); `features` is the layer before,
+    (N, 128)."""
 
-    def __init__(self, channels, width=32):
+    def __init__(self, channels, n_classes, width=32):
         super().__init__()
         layers, c_in = [], channels
         for c in (width, width * 2, width * 4):
@@ -88,33 +90,46 @@ class Classifier(nn.Module):
         self.features = nn.Sequential(
             *layers, nn.Flatten(), nn.Linear(width * 4 * 16, 128), nn.ReLU()
         )
-        self.head = nn.Linear(128, 10)
+        self.head = nn.Linear(128, n_classes)
 
     def forward(self, x):
         return self.head(self.features(x))
 
 
-def real_images(dataset, data_dir, split):
-    """(uint8 (N, C, 32, 32), labels (N,)) of a "train" or "test" split; `digits` draws new ones
-    to test."""
+def real_images(dataset, data_dir):
+    """The training and the test images of a dataset, each as uint8 (N, C, 32, 32) and labels (N,),
+    and the names of the classes. Exits with an error if a folder has no classes."""
     if dataset == "digits":
-        return common.draw_digits(20_000, 32, seed=0 if split == "train" else 1)
-    return common.load_torchvision(dataset, Path(data_dir), train=split == "train")[:2]
+        train, test = common.draw_digits(20_000, 32, seed=0), common.draw_digits(20_000, 32, seed=1)
+        return train, test, list("0123456789")
+    if dataset in common.TORCHVISION_DATASETS:
+        *train, classes = common.load_torchvision(dataset, Path(data_dir))
+        *test, _ = common.load_torchvision(dataset, Path(data_dir), train=False)
+        return train, test, classes
+
+    images, labels, classes = common.load_folder(dataset, 32)
+    if len(classes) < 2:
+        common.fail(
+            f"{dataset} has no subfolder per class, which the classifier needs: "
+            "docs/results.md shows how to compute FID for any folder"
+        )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order.tensor_split(2)
+    return (images[train], labels[train]), (images[test], labels[test]), classes
 
 
 def normalise(images):
     return images.float() / 127.5 - 1
 
 
-def trained_classifier(dataset, data_dir, cache_dir, device, steps):
-    """The classifier of a dataset, from its cache or trained with Adam for `steps` batches of
-    128."""
-    images, labels = real_images(dataset, data_dir, "train")
+def trained_classifier(dataset, images, labels, cache_dir, device, steps):
+    """The classifier of a dataset's training images, from its cache or trained with Adam for
+    `steps` batches of 128."""
     digest = hashlib.sha256(images.numpy()).hexdigest()[:8]
-    path = Path(cache_dir, f"{dataset}-{steps}-{digest}.pt")
+    path = Path(cache_dir, f"{Path(dataset).name}-{steps}-{digest}.pt")
 
     torch.manual_seed(0)
-    net = Classifier(images.shape[1]).to(device)
+    net = Classifier(images.shape[1], int(labels.max()) + 1).to(device)
     if path.exists():
         net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return net.eval()
@@ -158,7 +173,7 @@ def score(net, real, fake, labels=None):
     result = {
         "images": n,
         "distance": frechet_distance(real_features[:n], fake_features[:n]),
-        "classes": classes_covered(predicted, 10),
+        "classes": classes_covered(predicted, net.head.out_features),
         "precision": precision,
         "recall": recall,
     }
@@ -195,7 +210,7 @@ def main(argv=None):
         allow_abbrev=False,
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("dataset", choices=common.DATASETS, help="the real images")
+    p.add_argument("dataset", type=runs.dataset, help=common.DATASET_HELP)
     p.add_argument("folder", type=os.path.expanduser, help="of images made by --generate")
     p.add_argument(
         "--data-dir", type=os.path.expanduser, default="data", help="where the dataset is"
@@ -220,11 +235,13 @@ def main(argv=None):
 
     # The images come first, so that a wrong folder is reported before the classifier is trained.
     fake, labels = read_folder(args.folder)
-    train, _ = real_images(args.dataset, args.data_dir, "train")
-    test, test_labels = real_images(args.dataset, args.data_dir, "test")
-    if fake.shape[1:] != train.shape[1:]:
-        ours, theirs = tuple(fake.shape[1:]), tuple(train.shape[1:])
-        common.fail(f"{args.folder} has images of {ours}, and {args.dataset} of {theirs}")
+    (train, train_labels), (test, test_labels), classes = real_images(args.dataset, args.data_dir)
+    if fake.shape[1] != train.shape[1]:
+        ours, real = fake.shape[1], train.shape[1]
+        common.fail(f"{args.folder} has images of {ours} channels, and {args.dataset} of {real}")
+    fake = common.resize(fake, 32)
+    if labels is not None and common.are_numbers(classes):
+        labels = torch.tensor([classes.index(str(number)) for number in labels.tolist()])
 
     if args.neighbours:
         first = fake[:10]
@@ -233,7 +250,12 @@ def main(argv=None):
         save_image(pairs, args.neighbours, nrow=len(first))
 
     net = trained_classifier(
-        args.dataset, args.data_dir, args.cache_dir, args.device, args.classifier_steps
+        args.dataset,
+        train,
+        train_labels,
+        args.cache_dir,
+        args.device,
+        args.classifier_steps,
     )
 
     # Fixed random orders: files may be sorted by class, or by difficulty as MNIST's test images.
