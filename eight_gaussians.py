@@ -24,9 +24,9 @@ The methods, and what they add:
     r3gan-r1        the same with R1 alone
 
 The learning rate falls linearly to 0 over the second half of the run: with a constant one, G's
-points keep moving. The settings of each method were chosen on seeds 0 to 2 (docs/results.md),
-except that gan-slow-d has those of gan: it is there to show collapse. The data and the networks are
-those of gan_toy.py by the authors of WGAN-GP, with narrower layers (docs/papers.md).
+points keep moving. The settings of each method were chosen on seeds 0 to 2, except that gan-slow-d
+has those of gan: it is there to show collapse (docs/eight-gaussians.md). The data and the networks
+are those of gan_toy.py by the authors of WGAN-GP, with narrower layers (docs/papers.md).
 
 The script runs on the CPU, which is enough for networks of this size.
 """

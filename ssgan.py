@@ -18,7 +18,7 @@ average of D's weights.
 Deviations from the authors' code (more in docs/papers.md): images are 32x32; unlabelled images are
 drawn with replacement, not in epochs; the average moves faster at first.
 
-Runs of 60 epochs on MNIST, scored in docs/results.md:
+Runs of 60 epochs on MNIST, scored in docs/ssgan.md:
 
     python ssgan.py --labels 100 --steps 36000
 """
