@@ -14,8 +14,8 @@ instance norm in place of pixel norm; both networks blur where the size changes;
 R1 take the place of WGAN-GP; the images are 8x8 at first; D's statistic is of groups of 4 images.
 
 Deviations from the authors' code (more in docs/papers.md), which has no settings for 32x32:
---stage-steps is 2,500 in a run of 20,000, where theirs are 9,375 in one of 400,000; the batch size
-is the same at all sizes.
+--stage-steps is 2,500 in a run of 20,000 instead of 9,375 in one of 400,000; the batch size is the
+same at all sizes.
 
 A run on MNIST, scored in docs/results.md:
 
@@ -338,7 +338,7 @@ def reals_at(x_real, stage, fade):
 def mix_styles(w, other, n_layers):
     """One w for each layer, (N, n_layers, w_dim), from two for each image, (N, w_dim). With a
     probability of 0.9, the layers from a random one on, the same for the batch and never the first,
-    take theirs from `other`, so that each layer's style learns to work with any other: section
+    have their w from `other`, so that each layer's style learns to work with any other: section
     3.1."""
     layer = torch.arange(n_layers, device=w.device)[:, None]
     cutoff = torch.randint(1, n_layers, (), device=w.device)

@@ -126,7 +126,7 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
 def test_own_images(tmp_path, capsys):
     """A folder of classes is cut in halves; generated images may have another size; a class that is
     a number stands in their names, not its index."""
-    images, labels = common.draw_digits(2000, 32, seed=7)
+    images, labels = common.draw_digits(1000, 32, seed=7)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         image = Image.fromarray(image[0].numpy())
         for digit in (3, 8):
@@ -138,7 +138,7 @@ def test_own_images(tmp_path, capsys):
                 image.save(real)
                 image.resize((64, 64)).save(fake)
 
-    flags = ["--cache-dir", str(tmp_path / "cache"), "--device", "cpu", "--classifier-steps", "40"]
+    flags = ["--cache-dir", str(tmp_path / "cache"), "--device", "cpu", "--classifier-steps", "30"]
     quality.main([str(tmp_path / "real"), str(tmp_path / "fake"), *flags])
     result = json.loads(capsys.readouterr().out)
     assert result["classes"] == 2 and result["label_accuracy"] > 0.9
