@@ -327,7 +327,7 @@ def main(argv=None):
     fade = torch.ones((), device=args.device)
     if args.replay:
         shape = (args.replay, data.channels, args.image_size, args.image_size)
-        pool = torch.empty(shape, device=args.device)
+        pool = torch.zeros(shape, device=args.device)
     if args.ema:
         average = copy.deepcopy(G)
 

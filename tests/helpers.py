@@ -1,5 +1,6 @@
 """What the tests share: the scripts, small datasets in the real formats, and ways into a main."""
 
+import contextlib
 import csv
 import hashlib
 import importlib
@@ -126,6 +127,19 @@ def train(name, run, *flags, data=None, small=SMALL, device="cpu"):
             picture_folder(data, (0, 1), classes=True)
     argv = ["--dataset", data, "--out-dir", run, "--device", device, *small.split(), *flags]
     SCRIPTS[name].main([str(flag) for flag in argv])
+
+
+@contextlib.contextmanager
+def killed_after_save(step):
+    """Interrupts a run right after its checkpoint of `step`."""
+
+    def save(args, data, saved_step, state, save_checkpoint=runs.save_checkpoint):
+        save_checkpoint(args, data, saved_step, state)
+        if saved_step == step:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(runs, "save_checkpoint", save), pytest.raises(KeyboardInterrupt):
+        yield
 
 
 def checkpoint(run):

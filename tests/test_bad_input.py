@@ -201,17 +201,17 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("how", CHECKPOINTS)
-@pytest.mark.parametrize("flags", ["--resume --steps 9", "--generate 3"])
-def test_bad_checkpoints(how, flags, capsys):
-    train("dcgan", "run", "--steps", 5)
+def test_bad_checkpoints(how, capsys):
+    train("dcgan", "run", "--steps", 1)
     damage, message = CHECKPOINTS[how]
     damage(Path("run/checkpoint.pt"))
     capsys.readouterr()
     before = tree()
-    with pytest.raises(SystemExit, match=message):
-        SCRIPTS["dcgan"].main(f"--out-dir run --device cpu {flags}".split())
-    assert "Traceback" not in capsys.readouterr().err
-    assert tree() == before and not Path("mark").exists()
+    for flags in ("--resume --steps 9", "--generate 3"):
+        with pytest.raises(SystemExit, match=message):
+            SCRIPTS["dcgan"].main(f"--out-dir run --device cpu {flags}".split())
+        assert "Traceback" not in capsys.readouterr().err
+        assert tree() == before and not Path("mark").exists()
 
 
 def test_sizes_that_do_not_fit_are_pytorchs_message_in_one_line(capsys):
@@ -268,23 +268,25 @@ def test_of_two_runs_that_begin_together_one_has_the_folder():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="makes symbolic links")
-@pytest.mark.parametrize("name", ["samples", "log.csv", "samples/000000.png", "checkpoint.pt"])
-@pytest.mark.parametrize("kind", ["link", "folder"])
-def test_overwrite_looks_before_it_deletes(name, kind, capsys):
+@pytest.mark.parametrize(
+    "name, kind",
+    [("samples", "link"), ("samples", "file"), ("checkpoint.pt", "link"), ("log.csv", "folder")],
+)
+def test_overwrite_looks_before_it_deletes(name, kind):
     """A link, or a folder in the place of a file, is not what a run has made."""
-    train("dcgan", "run", "--steps", 5)
-    train("dcgan", "other", "--steps", 5)
+    train("dcgan", "run", "--steps", 1)
     path = Path("run", name)
-    path.rename("moved")
+    if path.exists():
+        path.rename("moved")
     if kind == "link":
-        path.symlink_to(Path("other", name).absolute())
-    elif name == "samples":
+        path.symlink_to(Path("moved").absolute())
+    elif kind == "file":
         path.write_text("a file")
     else:
         path.mkdir()
     before = tree()
-    with pytest.raises(SystemExit, match=f"run.{path.name}|{path.name} is not the fold|file that"):
-        train("dcgan", "run", "--steps", 5, "--overwrite")
+    with pytest.raises(SystemExit, match=f"{path.name} is not the (file|folder) that a run makes"):
+        train("dcgan", "run", "--steps", 1, "--overwrite")
     assert tree() == before
 
 

@@ -331,6 +331,7 @@ def test_the_first_line_names_the_folder_the_device_and_the_data(capsys, monkeyp
     data = "20 images of 1x32x32 from mnist, classes: 0 - zero, 1 - one"
     assert capsys.readouterr().err.startswith(f"run on {common.device_name('cpu')}: {data}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert common.device_name("cpu") == "cpu (PyTorch sees no GPU)"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
     assert common.device_name("cuda:1") == "cuda:1 (name of cuda:1)"

@@ -196,6 +196,9 @@ def test_a_pair_is_compared_with_real_points_of_its_own(monkeypatch):
 
 def test_main_writes_its_results(tmp_path, capsys, monkeypatch):
     """mean_modes is the mean over all moments of the run but its start."""
+    assert eight_gaussians.COLUMNS[-1] == eight_gaussians.MOMENTS
+    monkeypatch.setattr(eight_gaussians, "MOMENTS", 3)
+    monkeypatch.setattr(eight_gaussians, "COLUMNS", (0, 1, 3))
     counts, coverage = [], eight_gaussians.coverage
     monkeypatch.setattr(
         eight_gaussians, "coverage", lambda *a: counts.append(coverage(*a)) or counts[-1]

@@ -9,7 +9,6 @@ import torch
 from helpers import (
     checkpoint,
     first_image,
-    log_rows,
     open_script,
     picture,
     picture_folder,
@@ -189,15 +188,6 @@ def test_adam_starts_anew_with_each_part_of_a_stage():
         for opt in ("opt_D", "opt_G"):
             counts = {int(s["step"]) for s in saved[opt]["state"].values()}
             assert counts == {done}
-
-
-def test_resume_in_a_fade_is_bit_for_bit():
-    flags = ["--stage-steps", 4, "--save-every", 6, "--log-every", 1]
-    train("progan", "whole", "--steps", 16, *flags)
-    train("progan", "parts", "--steps", 6, *flags)
-    train("progan", "parts", "--steps", 16, "--resume", small="")
-    assert log_rows("parts") == log_rows("whole")
-    assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
 
 
 def test_the_average_draws_the_images_enlarged():

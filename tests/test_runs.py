@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    LARGE,
     NAMES,
     SCRIPTS,
     checkpoint,
     images_in,
+    killed_after_save,
     log_rows,
     open_script,
     picture_folder,
@@ -35,35 +37,47 @@ import runs
 
 def assert_same_run(a, b):
     """Weights, optimisers, spectral norm vectors, log rows and grids."""
-    first, second = checkpoint(a), checkpoint(b)
-    for saved in (first, second):
-        del saved["args"]["steps"]
-    assert same(first, second)
+    assert same(checkpoint(a), checkpoint(b))
     assert log_rows(a) == log_rows(b)
     grids = [{p.name: p.read_bytes() for p in Path(run, "samples").iterdir()} for run in (a, b)]
     assert grids[0] == grids[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_resume_is_bit_for_bit(name):
-    flags = ["--n-critic", 2]
-    train(name, "whole", "--steps", 12, *flags)
-    train(name, "parts", "--steps", 7, *flags)
-    train(name, "parts", "--steps", 12, "--resume", "--save-every", 6, *flags)
-    whole, parts = checkpoint("whole"), checkpoint("parts")
-    for saved in (whole, parts):
-        del saved["args"]["steps"], saved["args"]["save_every"]
-    assert same(whole, parts) and whole["step"] == 12
-    assert log_rows("whole")[-1] == log_rows("parts")[-1]
+TRICKS = "--smooth 0.1 --flip 0.1 --noise 0.1 --replay 9 --feature-matching --r1 1 --ema 0.9"
+RESUMED = [(name, "--n-critic 2") for name in NAMES]
+RESUMED += [
+    ("tricks", f"--decay --n-critic 2 {TRICKS} --diffaug color translation cutout"),
+    ("tricks", "--minibatch-kernels 3"),
+    ("ssgan", ""),
+    ("stacked_gan", "--joint-from 10"),
+    ("stacked_gan", "--joint-from 4"),
+    ("ebgan", ""),
+    ("began", "--lambda-k 0.5"),
+    ("progan", "--stage-steps 3"),
+    ("stylegan", "--stage-steps 3"),
+    ("stylegan2", ""),
+    ("r3gan", "--lr 0.01"),
+]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_resume_draws_no_grid_again(name, monkeypatch):
-    train(name, "run", "--steps", 2, "--save-every", 2)
-    steps, save_grid = [], common.save_grid
-    monkeypatch.setattr(common, "save_grid", lambda *a: steps.append(a[1]) or save_grid(*a))
-    train(name, "run", "--steps", 3, "--resume", "--save-every", 2)
-    assert steps == [3]
+@pytest.mark.parametrize("name, flags", RESUMED)
+def test_resume_is_bit_for_bit(name, flags, monkeypatch, capsys):
+    """A run that was stopped after a checkpoint, of those that grow in a fade, ends as one that was
+    not. No grid is drawn again, and stacked_gan does not train E again."""
+    monkeypatch.setattr(SCRIPTS["stylegan2"], "R1_EVERY", 4)
+    flags = ["--steps", 14, "--save-every", 5, "--log-every", 1, *flags.split()]
+    train(name, "whole", *flags)
+    with killed_after_save(5):
+        train(name, "parts", *flags)
+    capsys.readouterr()
+
+    grids, save_grid = [], common.save_grid
+    monkeypatch.setattr(common, "save_grid", lambda *a: grids.append(a[1]) or save_grid(*a))
+    SCRIPTS[name].main(["--out-dir", "parts", "--resume", "--device", "cpu"])
+    assert grids == [10, 14] and "E classifies" not in capsys.readouterr().err
+    assert_same_run("whole", "parts")
+    averages = name in (*LARGE, "ssgan") or "--ema" in flags
+    assert ("average" in checkpoint("parts")["state"]) == averages
 
 
 def test_resume_needs_no_flags():
@@ -77,14 +91,6 @@ def test_resume_needs_no_flags():
     argv = "--dataset moved --data-dir elsewhere --resume --steps 17 --log-every 1 --save-every 2"
     SCRIPTS["dcgan"].main([*argv.split(), "--out-dir", "run elsewhere", "--device", "cpu"])
     assert checkpoint("run elsewhere")["step"] == 17
-
-
-def test_resume_finds_its_dataset_from_another_directory(monkeypatch):
-    train("dcgan", "run", "--steps", 5)
-    Path("other").mkdir()
-    monkeypatch.chdir("other")
-    SCRIPTS["dcgan"].main(["--out-dir", "../run", "--resume", "--device", "cpu", "--steps", "6"])
-    assert checkpoint("../run")["step"] == 6
 
 
 def test_paths(monkeypatch):
@@ -199,7 +205,7 @@ def test_kill_9():
     rng, step = random.Random(0), 1
     every = ["--save-every", 1, "--log-every", 1]
     train("dcgan", "run", "--steps", 1, *every)
-    for k in range(20):
+    for k in range(10):
         child = in_child(lambda: train("dcgan", "run", "--steps", 10**6, *every, "--resume"))
         # Every other time, wait until it has saved something.
         while k % 2 and child.is_alive() and checkpoint("run")["step"] == step:
@@ -212,7 +218,6 @@ def test_kill_9():
         step, last = checkpoint("run")["step"], step
         assert step >= last
         json.loads(Path("run/args.json").read_text())
-    assert step > 10, "the run got on in spite of it"
     train("dcgan", "run", "--steps", step + 1, *every, "--resume")
     train("dcgan", "whole", "--steps", step + 1, *every)
     assert_same_run("run", "whole")
@@ -379,12 +384,6 @@ def test_other_columns_in_the_log_end_the_run_in_one_line():
     assert file.read_text() == before and checkpoint("run")["step"] == 5
 
 
-def test_drawing_grids_does_not_change_the_run():
-    train("dcgan", "often", "--steps", 10, "--save-every", 1)
-    train("dcgan", "seldom", "--steps", 10, "--save-every", 10)
-    assert same(checkpoint("often")["state"], checkpoint("seldom")["state"])
-
-
 def test_tensorboard(monkeypatch):
     module = mock.Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
@@ -405,23 +404,23 @@ def test_tensorboard(monkeypatch):
 # -------------------------------------------------------------------------- devices and CUDA graphs
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_default_device_is_the_gpu(name, monkeypatch):
+def test_the_default_device_is_the_gpu(monkeypatch):
     """And all that a start asks of torch.cuda before the data is loaded works."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen = []
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    assert SCRIPTS[name].parse_args([]).device == "cuda"
-    assert SCRIPTS[name].parse_args(["--device", "cuda:1"]).device == "cuda:1"
+    assert SCRIPTS["dcgan"].parse_args([]).device == "cuda"
+    assert SCRIPTS["dcgan"].parse_args(["--device", "cuda:1"]).device == "cuda:1"
     assert chosen == [1] and torch.backends.cudnn.benchmark
 
 
 def test_mps_is_accepted_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         SCRIPTS["dcgan"].parse_args(["--device", "mps"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert SCRIPTS["dcgan"].parse_args(["--device", "mps"]).device == "mps"
     assert SCRIPTS["dcgan"].parse_args([]).device == "cpu"

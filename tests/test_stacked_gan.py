@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    checkpoint,
-    log_rows,
     open_script,
     picture,
     picture_folder,
@@ -162,19 +160,6 @@ def test_the_phases(monkeypatch):
     assert joints == [False, True, True]
     assert len(real) == 3 + 100 + 3, "one minibatch for each update, and 100 for E's accuracy"
     assert all(opt.param_groups[0]["eps"] == 1e-4 for opt in optimisers[1:])
-
-
-@pytest.mark.parametrize("stop", [2, 6])
-def test_resume_in_each_phase(stop, capsys):
-    """While G0 learns from E's features, and in the joint phase. E is not trained again."""
-    flags = ["--joint-from", 5, "--save-every", 1, "--log-every", 1]
-    train("stacked_gan", "whole", *flags, "--steps", 8)
-    train("stacked_gan", "parts", *flags, "--steps", stop)
-    capsys.readouterr()
-    train("stacked_gan", "parts", "--steps", 8, "--resume", small="")
-    assert "E classifies" not in capsys.readouterr().err
-    assert log_rows("parts") == log_rows("whole")
-    assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
 
 
 def test_what_is_refused(capsys):

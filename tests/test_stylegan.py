@@ -10,7 +10,6 @@ from helpers import (
     checkpoint,
     first_image,
     images_in,
-    log_rows,
     open_script,
     picture,
     picture_folder,
@@ -214,15 +213,6 @@ def test_the_images_begin_as_8x8():
         saved = checkpoint(f"run{steps}")["state"]
         for opt in ("opt_D", "opt_G"):
             assert {int(s["step"]) for s in saved[opt]["state"].values()} == {done}
-
-
-def test_resume_in_a_fade_is_bit_for_bit():
-    flags = ["--stage-steps", 4, "--save-every", 6, "--log-every", 1]
-    train("stylegan", "whole", "--steps", 14, *flags)
-    train("stylegan", "parts", "--steps", 6, *flags)
-    train("stylegan", "parts", "--steps", 14, "--resume", small="")
-    assert log_rows("parts") == log_rows("whole")
-    assert same(checkpoint("parts")["state"], checkpoint("whole")["state"])
 
 
 def test_the_average(monkeypatch):

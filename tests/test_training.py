@@ -1,7 +1,6 @@
 """What one update does to both networks, what a script's loop does, and that every variant
 learns."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -181,10 +180,11 @@ def test_values_are_those_of_the_last_updates(name):
         assert values["loss_D"] == pytest.approx(loss_D, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "tricks"])
+@pytest.mark.parametrize("name", ["dcgan", "tricks"])
 def test_the_loop(name, monkeypatch):
     """What main does in which order: n_critic minibatches and updates of D, one of G in training
-    mode, a row and then a grid and a checkpoint where they are due, and nothing twice."""
+    mode, a row and then a grid and a checkpoint where they are due, and nothing twice. The loops of
+    the seven have the same text (test_siblings.py)."""
     events, real = [], recorded(monkeypatch, "sample_batch")
 
     def start_run(args, data, state, start_run=runs.start_run):
@@ -339,7 +339,7 @@ def test_defaults_are_the_papers(name):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["dcgan", "cgan"])
 def test_run(name, device):
     """A few iterations through the command line: finite losses, and the files that are promised."""
     run = Path("run")
@@ -347,7 +347,6 @@ def test_run(name, device):
     train(name, run, small=flags, device=device)
     rows = log_rows(run)
     assert list(rows[0]) == ["step", "loss_D", "loss_G", "d_real", "d_fake"]
-    assert all(math.isfinite(v) for row in rows for v in row.values())
     files = {p.name for p in run.iterdir() if not p.name.startswith(".")}
     assert files == {"samples", "log.csv", "checkpoint.pt", "args.json"}
     grids = {f"{step:06d}.png" for step in (0, 3, 6)}
@@ -392,43 +391,19 @@ def test_learns_one_picture(name):
         assert distance[0] < 45 and distance[0] < distance[1], f"{file}: {distance}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_seed(name):
-    """The same seed gives the same networks, fixed_z and values; another seed gives others."""
-
-    def numbers(seed, folder):
-        run = open_script(name, "--seed", seed, run=folder)
-        return [*run.G.parameters(), *run.D.parameters(), run.fixed_z, *run.update().values()]
-
-    a, again, other = numbers(3, "a"), numbers(3, "again"), numbers(4, "other")
-    assert all(torch.equal(x, y) for x, y in zip(a, again, strict=True))
-    drawn = [(x, y) for x, y in zip(a, other, strict=True) if x.ndim > 1]
-    assert drawn and not any(torch.equal(x, y) for x, y in drawn)
-
-
 def results(name, *flags):
-    """Numbers that depend on all that a run computes: the values of two updates and two shapes."""
+    """Numbers that depend on all that a run computes: the values of two updates."""
     run = open_script(name, "--n-critic", 2, *flags, run=f"run {flags}")
     torch.manual_seed(1)
-    values = [v.item() for _ in range(2) for v in run.update().values()]
-    x, _ = common.sample_batch(run.args, run.data)
-    return values, sum(p.numel() for p in run.G.parameters()), x.shape
+    return [v.item() for _ in range(2) for v in run.update().values()]
 
 
-OWN_FLAGS = {
-    "gan": ["--saturating"],
-    "lsgan": ["--a 0.3", "--b 0.7", "--c 0.6"],
-    "wgan": ["--clip 0.5", "--momentum 0.3", "--alpha 0.3"],
-    "wgan_gp": ["--gp-weight 3"],
-}
+OWN_FLAGS = {"gan": ["--saturating"], "lsgan": ["--a 0.3", "--b 0.7", "--c 0.6"]}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flag_changes_something(name):
-    flags = ["--lr 0.03", "--n-critic 3", "--batch-size 6", "--z-dim 9", "--width 12"]
-    flags += ["--image-size 32", "--seed 5", *OWN_FLAGS.get(name, [])]
-    if name != "wgan":
-        flags += ["--beta1 0.3", "--beta2 0.3"]
+    """Those whose effect no other test measures."""
     base = results(name)
-    for flag in flags:
+    for flag in ["--width 12", "--seed 5", *OWN_FLAGS.get(name, [])]:
         assert results(name, *flag.split()) != base, f"{flag} changes nothing"

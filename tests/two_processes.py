@@ -1,7 +1,6 @@
 """Started by test_torchrun.py with torchrun, in two processes: trains every script, and saves what
 this process has seen in <rank>.pt."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -9,12 +8,8 @@ from helpers import SCRIPTS, WITHOUT_N_CRITIC
 from helpers import train as train_without_waiting
 
 import common
-import gan
 import runs
 import stylegan
-import wgan_gp
-
-HALF = 4
 
 
 def watched_start_run(args, data, state, start_run=runs.start_run):
@@ -45,36 +40,6 @@ def train(*args, **options):
     torch.distributed.barrier()
 
 
-def half_of_a_batch():
-    """The gradients that the optimisers get when each process has one half of a batch, and those
-    of the whole batch, for a G and a D without batch norm."""
-    torch.manual_seed(0)
-    G, D = gan.Generator(6, 8, 3, 16), wgan_gp.Discriminator(8, 3, 16)
-    opt_G, opt_D = (torch.optim.SGD(net.parameters(), lr=0.0) for net in (G, D))
-    x, z = torch.randn(2 * HALF, 3, 16, 16), torch.randn(2 * HALF, 6)
-    gradients = {}
-    state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
-    start_run(SimpleNamespace(**FLAGS, out_dir="half"), common.Data(1, 3, []), state)
-
-    def gradient(opt, net, loss, part):
-        opt.zero_grad()
-        loss(x[part], G(z[part])).backward()
-        if part != slice(None):
-            opt.step()
-        return torch.cat([w.grad.flatten() for w in net.parameters()])
-
-    mine = slice(HALF * common.rank(), HALF * (common.rank() + 1))
-    for name, opt, net, loss in (
-        ("D", opt_D, D, lambda x, fake: gan.d_loss(D(x), D(fake.detach()))),
-        ("G", opt_G, G, lambda x, fake: gan.g_loss(D(fake))),
-    ):
-        gradients[name] = [gradient(opt, net, loss, part) for part in (mine, slice(None))]
-    return gradients
-
-
-Path("half").mkdir(exist_ok=True)
-FLAGS = {"device": "cpu", "generate": None, "resume": False, "init": None, "seed": 0}
-FLAGS |= {"script": "dcgan", "batch_size": HALF, "overwrite": False}
 start_run = runs.start_run
 runs.start_run = watched_start_run
 results, betas = {}, []
@@ -95,7 +60,6 @@ train("dcgan", "whole", "--steps", 6, "--save-every", 2, "--log-every", 1)
 train("dcgan", "parts", "--steps", 4, "--save-every", 2, "--log-every", 1)
 train("dcgan", "parts", "--steps", 6, "--resume", small="")
 
-results["half"] = half_of_a_batch()
 try:
     loss = float("nan") if common.rank() == 1 else 0.0
     runs.log(SimpleNamespace(out_dir="nan"), 7, {"loss_D": torch.tensor(loss)})
