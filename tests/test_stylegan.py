@@ -268,9 +268,9 @@ def test_truncation_is_for_generate_alone():
 
 
 def test_learns_one_picture_through_all_stages():
-    flags = "--image-size 16 --batch-size 4 --width 8 --z-dim 6 --stage-steps 30 --steps 190"
+    flags = "--image-size 16 --batch-size 4 --width 8 --z-dim 6 --stage-steps 10 --steps 110"
     data = picture_folder(Path("pictures"))
-    flags = f"{flags} --r1 0.1 --lr 6e-3 --save-every 1000 --out-dir run --device cpu"
+    flags = f"{flags} --r1 0.1 --lr 1e-2 --save-every 1000 --out-dir run --device cpu"
     stylegan.main(f"--dataset {data} {flags}".split())
     G = stylegan.Generator(6, 8, 3, 16)
     G.load_state_dict(checkpoint("run")["state"]["G"])
