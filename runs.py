@@ -157,7 +157,7 @@ def parse_args(p, argv, signed=()):
 
 
 def flag_names(p):
-    """The flags that `p` knows, such as --batch-size."""
+    """The flags that `p` knows, such as --batch-size. argparse has no public list of them."""
     return [name for action in p._actions for name in action.option_strings]
 
 
@@ -283,9 +283,9 @@ def script_of(folder):
 
 
 def files_of_run(folder):
-    """The files that training writes into `folder`, by their names, but args.json, which shows that
-    they are ours, and the kept checkpoints. Exits with an error if one of them is a link, or a
-    folder where a file belongs: a run has not made it."""
+    """The files that training writes into `folder`, by their names. Left out are args.json, which
+    shows that they are ours, and what --keep-checkpoints has kept. Exits with an error if one of
+    them is a link, or a folder where a file belongs: a run has not made it."""
     samples = folder / "samples"
     if samples.is_symlink() or samples.is_file():
         common.fail(f"{samples} is not the folder that a run makes: move it away")

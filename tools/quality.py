@@ -122,14 +122,14 @@ def normalise(images):
     return images.float() / 127.5 - 1
 
 
-def trained_classifier(dataset, images, labels, cache_dir, device, steps):
+def trained_classifier(dataset, images, labels, n_classes, cache_dir, device, steps):
     """The classifier of a dataset's training images, from its cache or trained with Adam for
     `steps` batches of 128."""
     digest = hashlib.sha256(images.numpy()).hexdigest()[:8]
     path = Path(cache_dir, f"{Path(dataset).name}-{steps}-{digest}.pt")
 
     torch.manual_seed(0)
-    net = Classifier(images.shape[1], int(labels.max()) + 1).to(device)
+    net = Classifier(images.shape[1], n_classes).to(device)
     if path.exists():
         net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return net.eval()
@@ -238,7 +238,9 @@ def main(argv=None):
     (train, train_labels), (test, test_labels), classes = real_images(args.dataset, args.data_dir)
     if fake.shape[1] != train.shape[1]:
         ours, real = fake.shape[1], train.shape[1]
-        common.fail(f"{args.folder} has images of {ours} channels, and {args.dataset} of {real}")
+        common.fail(
+            f"{args.folder} has {ours}-channel images, and {args.dataset} has {real}-channel ones"
+        )
     fake = common.resize(fake, 32)
     if labels is not None and common.are_numbers(classes):
         labels = torch.tensor([classes.index(str(number)) for number in labels.tolist()])
@@ -253,6 +255,7 @@ def main(argv=None):
         args.dataset,
         train,
         train_labels,
+        len(classes),
         args.cache_dir,
         args.device,
         args.classifier_steps,
