@@ -26,6 +26,8 @@ CONVOLUTIONAL = NAMES[1:]
 LARGE = ("progan", "stylegan", "stylegan2", "r3gan")
 OTHERS = ("tricks", "ssgan", "stacked_gan", "ebgan", "began", *LARGE)
 SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, *OTHERS)}
+# Every kind of update: plain, a penalty, more networks, two GANs, a k, stages, a lazy penalty.
+BY_TORCHRUN = ("dcgan", "wgan_gp", "ssgan", "stacked_gan", "began", "stylegan", "stylegan2")
 WITHOUT_N_CRITIC = ("stylegan2", "r3gan", "stacked_gan")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,10 @@
-"""What README and docs tell a reader to do, done: snippets and commands."""
+"""What README and docs tell a reader to do, done: snippets, the notebook and commands."""
 
+import json
 import re
+from pathlib import Path
 
+import pytest
 from helpers import NAMES, ROOT, SCRIPTS, train
 from PIL import Image
 
@@ -28,6 +31,32 @@ def test_python_snippets(monkeypatch):
     assert Image.open("thicker.png").size == (9 * 18 + 2, 2 * 18 + 2)
     assert Image.open("found.png").size == (2 * 18 + 2, 18 + 2)
     assert Image.open("run.gif").n_frames == 3
+
+
+def test_the_notebook(monkeypatch):
+    """The cells of docs/tour.ipynb run one after the other, with fewer steps, without Jupyter."""
+    matplotlib = pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = []
+    monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.gcf()))
+    names = {"display": shown.append}
+
+    file = ROOT / "docs" / "tour.ipynb"
+    cells = json.loads(file.read_text("utf-8"))["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    for cell in cells:
+        source = "".join(cell["source"]).replace('"900"', '"20"').replace('"100"', '"4"')
+        source = source.replace("from IPython.display import display", "")
+        source = re.sub(r"(?m)^( *)!.*", r"\1pass", source)  # Jupyter's shell commands
+        exec(compile(source, file.name, "exec"), names)
+    assert Path("runs/tour/samples/000020.png").exists()
+    assert len(shown) == 7
+
+    # The saved notebook shows these seven, too.
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("data" in output for output in outputs) == 7 and file.stat().st_size < 2**20
 
 
 def test_commands_have_flags_that_exist():

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import (
+    BY_TORCHRUN,
     ROOT,
-    SCRIPTS,
     WITHOUT_N_CRITIC,
     checkpoint,
     class_folder,
@@ -44,7 +44,7 @@ def both(tmp_path_factory):
     return saved, folder, done.stderr
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", BY_TORCHRUN)
 def test_the_networks_stay_equal_and_the_gradients_are_means(both, name):
     first, second = (saved[name] for saved in both[0])
     for part in ("networks", "fixed_z"):
@@ -72,7 +72,7 @@ def test_rank_0_alone_prints_and_writes(both):
     _, folder, printed = both
     assert len(re.findall(r"dcgan on cpu.*: 2 images of 3x16x16", printed)) == 1
     assert printed.count(str(Path("done: dcgan", "samples", "000003.png"))) == 1
-    assert printed.count("| 0/3 [00:00<?") == len(SCRIPTS), "a bar each"
+    assert printed.count("| 0/3 [00:00<?") == len(BY_TORCHRUN), "a bar each"
     assert printed.count("E classifies") == 1
     assert len(list(folder.glob("dcgan/samples/*.png"))) == 2
     rows = (folder / "whole" / "log.csv").read_text().splitlines()

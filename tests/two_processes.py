@@ -1,10 +1,10 @@
-"""Started by test_torchrun.py with torchrun, in two processes: trains every script, and saves what
+"""Started by test_torchrun.py with torchrun, in two processes: trains some scripts, and saves what
 this process has seen in <rank>.pt."""
 
 from types import SimpleNamespace
 
 import torch
-from helpers import SCRIPTS, WITHOUT_N_CRITIC
+from helpers import BY_TORCHRUN, WITHOUT_N_CRITIC
 from helpers import train as train_without_waiting
 
 import common
@@ -45,7 +45,7 @@ runs.start_run = watched_start_run
 results, betas = {}, []
 move_average = stylegan.move_average
 stylegan.move_average = lambda *args: betas.append(args[2]) or move_average(*args)
-for name in SCRIPTS:
+for name in BY_TORCHRUN:
     seen = {}
     n_critic = [] if name in WITHOUT_N_CRITIC else ["--n-critic", 2]
     train(name, name, "--steps", 3, "--lr", 0.01, *n_critic)
