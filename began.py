@@ -11,8 +11,9 @@ The energy of an image is D(x) = mean |Dec(Enc(x)) - x|, over all its pixels.
         but stays in [0, 1]
 
 gamma is the ratio of the two errors, E[D(G(z))] / E[D(x)], that k aims at: a lower one gives better
-but less varied images. With at most 1, G can reach it by drawing only what D reconstructs easily,
-such as ones on MNIST. With 2, all ten digits appear, crudely drawn (docs/experiments.md).
+but less varied images. With a gamma of at most 1, G can reach it by drawing only what D
+reconstructs easily, such as ones on MNIST. With 2, all ten digits appear, crudely drawn
+(docs/experiments.md).
 
 Differs from ebgan.py in: the error is absolute, k takes the place of the margin, and there is no
 pulling-away term; the networks have no normalisation. log.csv also has k and M, the paper's measure
@@ -65,7 +66,7 @@ class Generator(nn.Module):
     """z (N, z_dim), uniform in [-1, 1) -> images (N, channels, image_size, image_size). G learns to
     keep them in [-1, 1], where the real ones are: there is no tanh.
 
-    Sizes are powers of 2. The comments have the shapes at the default width and size.
+    The comments give the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -172,7 +173,8 @@ def main(argv=None):
         return 2 * torch.rand(n, args.z_dim, device=args.device) - 1
 
     def update():
-        """One step: n_critic updates of D, each on its own minibatch, then one of G; k moves."""
+        """One step: n_critic updates of D, each on its own minibatch, then one of G; then k
+        moves."""
         # D: minimise d_loss, with G fixed.
         D.requires_grad_(True)
         for _ in range(args.n_critic):
@@ -192,7 +194,7 @@ def main(argv=None):
         loss_G.backward()
         opt_G.step()
 
-        # k holds gamma E[D(x)] = E[D(G(z))]; M measures convergence (section 3.4).
+        # k moves so that E[D(G(z))] stays at gamma E[D(x)]; M measures convergence (section 3.4).
         with torch.no_grad():
             balance = args.gamma * d_real.mean() - loss_G
             k.add_(args.lambda_k * balance).clamp_(0, 1)
@@ -202,13 +204,13 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z."""
+        """G's images from z."""
         return G(z)
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     state["k"] = k
     done = runs.start_run(args, data, state)

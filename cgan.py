@@ -51,7 +51,7 @@ def parse_args(argv=None):
 class Generator(nn.Module):
     """z (N, z_dim), y (N,) -> images (N, channels, image_size, image_size) in [-1, 1] of classes y.
 
-    The comments have the shapes at the default width and size. Other sizes are powers of 2.
+    The comments give the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size, n_classes):
@@ -116,7 +116,7 @@ class Discriminator(nn.Module):
 
 def init_weights(m):
     """Weights with mean 0 and standard deviation 0.02 (DCGAN, section 4); gains of batch norm with
-    mean 1 and standard deviation 0.02, biases 0 (the authors' code)."""
+    mean 1 and standard deviation 0.02, biases 0 (DCGAN's code)."""
     if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(m.weight, 0.0, 0.02)
     if isinstance(m, nn.BatchNorm2d):
@@ -190,20 +190,20 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z, y):
-        """G's images of z and y in evaluation mode, in which batch norm uses its running
+        """G's images from z and y in evaluation mode, in which batch norm uses its running
         statistics."""
         x = G.eval()(z, y)
         G.train()
         return x
 
-    # All grids are of the same noise and classes, so that they show the same images changing: a
-    # column per class, at most 16.
+    # All grids use the same noise and classes, so they show the same images changing: a column per
+    # class, at most 16, and fewer if the images are large.
     rows = math.isqrt(common.grid_size(args))
     columns = min(n_classes, 2 * rows)
     fixed_y = torch.arange(columns, device=args.device).repeat(rows)
     fixed_z = noise(len(fixed_y))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     done = runs.start_run(args, data, state)
     if args.generate:

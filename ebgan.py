@@ -14,8 +14,9 @@ G does not draw one image again and again.
 
 Differs from dcgan.py in: D is an autoencoder, with dcgan.py's D as its encoder; the two losses.
 
-Deviations from the paper: its networks for MNIST are fully connected. The margin is its 10 for
-MNIST, with pixels in [-1, 1]; the paper does not state their range.
+Deviations from the paper: the networks are convolutional; the paper's for MNIST are fully
+connected. The margin is the paper's 10 for MNIST, with pixels in [-1, 1]; it does not state their
+range.
 
 A run on MNIST, scored in docs/results.md:
 
@@ -43,7 +44,7 @@ def parse_args(argv=None):
     p.add_argument("--n-critic", type=runs.positive_int, default=1, help="D updates per G update")
     p.add_argument("--image-size", type=runs.image_size, default=32, help="side in pixels")
     p.add_argument(
-        "--margin", type=float, default=10.0, help="m: energy above which fakes are left"
+        "--margin", type=float, default=10.0, help="m: energy above which fakes are left alone"
     )
     p.add_argument("--pt-weight", type=float, default=0.1, help="weight of the pulling-away term")
     args = runs.parse_args(p, argv)
@@ -58,7 +59,7 @@ def parse_args(argv=None):
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1].
 
-    The comments have the shapes at the default width and size. Other sizes are powers of 2.
+    The comments give the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -124,7 +125,7 @@ class Discriminator(nn.Module):
 
 def init_weights(m):
     """Weights with mean 0 and standard deviation 0.02 (DCGAN, section 4); gains of batch norm with
-    mean 1 and standard deviation 0.02, biases 0 (the authors' code)."""
+    mean 1 and standard deviation 0.02, biases 0 (DCGAN's code)."""
     if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(m.weight, 0.0, 0.02)
     if isinstance(m, nn.BatchNorm2d):
@@ -138,7 +139,7 @@ def init_weights(m):
 
 def d_loss(d_real, d_fake, margin):
     """E[D(x)] + E[max(0, margin - D(G(z)))], from energies (N,): eq. 1. The margin is for
-    each fake, not for their mean, so that those beyond it have no gradient."""
+    each fake, not for their mean, so those beyond it have no gradient."""
     return d_real.mean() + nn.functional.relu(margin - d_fake).mean()
 
 
@@ -148,7 +149,7 @@ def g_loss(d_fake):
 
 
 def pulling_away(s):
-    """PT, the mean squared cosine between the codes s (N, ...) of two different images, in [0, 1]:
+    """PT, from 0 to 1: the mean squared cosine between the codes s (N, ...) of different images:
     eq. 14."""
     n = len(s)
     s = nn.functional.normalize(s.flatten(1))
@@ -205,15 +206,15 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z in evaluation mode, in which batch norm uses its running statistics."""
+        """G's images from z in evaluation mode, in which batch norm uses its running statistics."""
         x = G.eval()(z)
         G.train()
         return x
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     done = runs.start_run(args, data, state)
     if args.generate:

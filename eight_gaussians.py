@@ -74,9 +74,8 @@ class Method:
     score_scale: float | None = None  # with spectral norm in D, whose scores are multiplied by it
 
 
-# With R1, beta1 is 0, as its authors have it.
 saturating = functools.partial(gan.g_loss, saturating=True)
-no_momentum = (0.0, 0.9)
+no_momentum = (0.0, 0.9)  # a beta1 of 0, as the authors of R1 have it
 METHODS = {
     "gan": Method(gan.d_loss, gan.g_loss, "#d1495b", betas=no_momentum),
     "gan-slow-d": Method(gan.d_loss, gan.g_loss, "#8c2f39", lr_D=1e-4, betas=no_momentum),
@@ -120,9 +119,12 @@ def parse_args(argv=None):
     p.add_argument("--out-dir", default="runs/eight_gaussians", help="output folder")
     p.add_argument("--overwrite", action="store_true", help="replace the results in --out-dir")
     args = p.parse_args(argv)
-    runs.make_folder(p, args)
-    if runs.script_of(Path(args.out_dir)) not in (None, "eight_gaussians"):
+    owner = runs.script_of(Path(args.out_dir))
+    if owner not in (None, "eight_gaussians"):
         p.error(f"{args.out_dir} holds a run of another script: choose another --out-dir")
+    if owner and not args.overwrite:
+        p.error(f"{args.out_dir} holds results: --overwrite them, or choose another --out-dir")
+    runs.make_folder(p, args)
     return args
 
 
@@ -148,8 +150,8 @@ def coverage(points, centres):
 
     A point is of high quality within 3 standard deviations of its nearest mode, which 98.9% of
     real points are, and a mode is captured by at least one such point: Lin et al. 2018, section
-    4.1. As one is a lax threshold, the divergence, of the points of high quality, is given as
-    well: 0 for equal shares, log(modes) if all points are in one mode, NaN without any.
+    4.1. Because a single point is a lax threshold, the KL divergence of the points of high quality
+    is returned, too: 0 for equal shares, log(modes) if all are in one mode, NaN without any.
     """
     distance, nearest = torch.cdist(points, centres).min(1)
     good = distance <= 3 * STD
@@ -217,16 +219,16 @@ def train(name, args):
         """n draws of z ~ N(0, I)."""
         return torch.randn(n, 2)
 
-    def penalties(x_real, x_fake):
+    def penalties(d_real, d_fake, x_real, x_fake):
         """What is added to D's loss."""
         penalty = 0.0
         if method.gp_weight:
             images = x_real[:, :, None, None], x_fake[:, :, None, None]
             penalty = penalty + method.gp_weight * wgan_gp.gradient_penalty(D, *images)
         if method.r1:
-            penalty = penalty + method.r1 / 2 * r3gan.r1_penalty(D, x_real)
+            penalty = penalty + method.r1 / 2 * r3gan.r1_penalty(d_real, x_real)
         if method.r2:
-            penalty = penalty + method.r2 / 2 * r3gan.r1_penalty(D, x_fake)
+            penalty = penalty + method.r2 / 2 * r3gan.r1_penalty(d_fake, x_fake)
         return penalty
 
     def update():
@@ -237,7 +239,10 @@ def train(name, args):
             x_real = real_points(args.batch_size, centres)
             with torch.no_grad():
                 x_fake = G(noise(args.batch_size))
-            loss_D = method.d_loss(D(x_real), D(x_fake)) + penalties(x_real, x_fake)
+            x_real.requires_grad_()
+            x_fake.requires_grad_()
+            d_real, d_fake = D(x_real), D(x_fake)
+            loss_D = method.d_loss(d_real, d_fake) + penalties(d_real, d_fake, x_real, x_fake)
             opt_D.zero_grad()
             loss_D.backward()
             opt_D.step()

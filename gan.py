@@ -5,7 +5,7 @@ Goodfellow et al. 2014, Generative Adversarial Networks. https://arxiv.org/abs/1
     D:  min  -E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(G(z))))]
     G:  min  -E[log sigmoid(D(G(z)))]    (--saturating: E[log(1 - sigmoid(D(G(z))))])
 
-Read dcgan.py beside it: the same losses, but convolutional networks.
+Read dcgan.py beside this: the same losses, but convolutional networks.
 
 The paper leaves sizes open; layers, maxout and dropout are those of the authors' mnist.yaml.
 Deviations from it (more in docs/papers.md):
@@ -47,7 +47,7 @@ def parse_args(argv=None):
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1].
 
-    The comments have the number of units at the default width and size.
+    The comments give the number of units at the default width and size.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -161,13 +161,13 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z."""
+        """G's images from z."""
         return G(z)
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     done = runs.start_run(args, data, state)
     if args.generate:

@@ -110,7 +110,7 @@ class Generator(nn.Module):
     [-1, 1], where the real ones are: there is no tanh.
 
     The block of the stage draws them. In a fade, they are mixed with those of the stage before,
-    enlarged: figure 2. The comments have the shapes at the default width and size.
+    enlarged: figure 2. The comments give the shapes at the default width and size.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -163,7 +163,7 @@ class MinibatchDeviation(nn.Module):
         group = min(self.group, n)
         while n % group:
             group -= 1
-        groups = x.reshape(group, n // group, *x.shape[1:])  # image i is in group i mod n // group
+        groups = x.reshape(group, n // group, *x.shape[1:])  # image i: group i % (n // group)
         variance = groups.var(0, correction=0)
         deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))  # (n // group,)
         plane = deviation.repeat(group)[:, None, None, None].expand(n, 1, *x.shape[2:])
@@ -288,7 +288,7 @@ def main(argv=None):
     # The average of G, which draws all images, and how far the stage has faded in. A CUDA graph
     # needs that as a tensor.
     average = copy.deepcopy(G)
-    fade = torch.ones((), device=args.device)
+    fade_tensor = torch.ones((), device=args.device)
 
     def noise(n):
         """n draws of z ~ N(0, I)."""
@@ -324,14 +324,14 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z, step):
-        """Images of z, drawn by the average of G at its stage, enlarged to the final size."""
+        """Images from z, drawn by the average of G at its stage, enlarged to the final size."""
         stage, fade = stage_and_fade(step, args.stage_steps, args.image_size)
         return nn.functional.interpolate(average(z, stage, fade), args.image_size)
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     state["average"] = average
     done = runs.start_run(args, data, state)
@@ -348,16 +348,16 @@ def main(argv=None):
     # Train.
     progress = runs.steps(args, done)
     for step in progress:
-        stage, faded = stage_and_fade(step, args.stage_steps, args.image_size)
-        if faded is not None:
-            fade.fill_(faded)
+        stage, fade = stage_and_fade(step, args.stage_steps, args.image_size)
+        if fade is not None:
+            fade_tensor.fill_(fade)
         if step in changes:
             opt_G.state.clear()
             opt_D.state.clear()
         if step in changes or step == done + 1:
             # Each stage has a CUDA graph of its own, and so has its fade.
-            fade_now = None if faded is None else fade
-            update_now = functools.partial(update, stage, fade_now)
+            fade_input = None if fade is None else fade_tensor
+            update_now = functools.partial(update, stage, fade_input)
             update_now = runs.cuda_graph(args, data, update_now)
         values = update_now()
         move_average(average, G, 0.999)

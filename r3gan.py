@@ -112,8 +112,8 @@ class Activation(nn.Module):
 
 
 class Block(nn.Module):
-    """x (N, C, S, S) -> x + f(x): f has twice as many channels inside, and a 3x3 convolution in
-    groups of 16 of them.
+    """x (N, C, S, S) -> x + f(x): f has twice as many channels inside, and its 3x3 convolution
+    works on groups of 16 of them.
 
     f is 0 at the start, because its last convolution is. The other two are scaled by
     n_blocks^(-1/4) each, so that all blocks together keep the size of x (Zhang et al. 2019, Fixup,
@@ -123,7 +123,8 @@ class Block(nn.Module):
     def __init__(self, n_channels, n_blocks):
         super().__init__()
         inner = 2 * n_channels
-        gain = (2 / 1.04) ** 0.5 * n_blocks**-0.25  # 2 / 1.04 makes up for the leaky ReLU
+        # The first factor makes up for the leaky ReLU.
+        gain = (2 / (1 + 0.2**2)) ** 0.5 * n_blocks**-0.25
         self.f = nn.Sequential(
             conv(n_channels, inner, 1, gain),
             Activation(inner),
@@ -160,14 +161,15 @@ class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size). G has no tanh: it learns to
     stay in [-1, 1], the range of the real images.
 
-    The comments have the shapes at the default width and size. Other sizes are powers of 2.
+    The comments give the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
         super().__init__()
         if image_size not in [16, 32, 64, 128, 256, 512, 1024]:
             raise ValueError(f"image_size is {image_size}, but must be 16, 32, 64, ... 1024")
-        n_sizes = int(math.log2(image_size // 4)) + 1
+        n_doublings = int(math.log2(image_size // 4))
+        n_blocks = 2 * (n_doublings + 1)
 
         # 768 x 4x4: a learnt basis, scaled by a linear map of z
         self.basis = nn.Parameter(torch.randn(width, 4, 4))
@@ -175,9 +177,9 @@ class Generator(nn.Module):
         nn.init.normal_(self.linear.weight, 0.0, z_dim**-0.5)
 
         # 768 x 4x4, 768 x 8x8, 768 x 16x16, 768 x 32x32
-        layers = [Block(width, 2 * n_sizes), Block(width, 2 * n_sizes)]
-        for _ in range(n_sizes - 1):
-            layers += [Double(), Block(width, 2 * n_sizes), Block(width, 2 * n_sizes)]
+        layers = [Block(width, n_blocks), Block(width, n_blocks)]
+        for _ in range(n_doublings):
+            layers += [Double(), Block(width, n_blocks), Block(width, n_blocks)]
 
         # channels x 32x32
         layers += [conv(width, channels, 1)]
@@ -193,18 +195,19 @@ class Discriminator(nn.Module):
 
     def __init__(self, width, channels, image_size):
         super().__init__()
-        n_sizes = int(math.log2(image_size // 4)) + 1
+        n_halvings = int(math.log2(image_size // 4))
+        n_blocks = 2 * (n_halvings + 1)
 
         # 768 x 32x32
-        layers = [conv(channels, width, 1), Block(width, 2 * n_sizes), Block(width, 2 * n_sizes)]
+        layers = [conv(channels, width, 1), Block(width, n_blocks), Block(width, n_blocks)]
 
         # 768 x 16x16, 768 x 8x8, 768 x 4x4
-        for _ in range(n_sizes - 1):
-            layers += [Halve(), Block(width, 2 * n_sizes), Block(width, 2 * n_sizes)]
+        for _ in range(n_halvings):
+            layers += [Halve(), Block(width, n_blocks), Block(width, n_blocks)]
 
         self.net = nn.Sequential(*layers)
 
-        # 768: the products with a learnt basis, as in G
+        # 768: for each channel, the inner product with a learnt 4x4 basis
         self.basis = nn.Parameter(torch.randn(width, 4, 4) / 4)
         self.linear = nn.Linear(width, 1, bias=False)
         nn.init.normal_(self.linear.weight, 0.0, width**-0.5)
@@ -228,12 +231,11 @@ def g_loss(d_real, d_fake):
     return nn.functional.softplus(d_real - d_fake).mean()
 
 
-def r1_penalty(D, x):
-    """E[||grad D(x)||^2] at images (N, C, S, S), the mean over the images of the squared norm of
-    each one's gradient, without gamma / 2: R1 at real images (Mescheder et al. 2018, eq. 9), R2 at
-    fakes (eq. 10)."""
-    x = x.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+def r1_penalty(scores, x):
+    """E[||grad D(x)||^2] at images (N, C, S, S), which require gradients, from their scores (N,):
+    the mean over the images of the squared norm of each one's gradient, without gamma / 2. R1 at
+    real images (Mescheder et al. 2018, eq. 9), R2 at fakes (eq. 10)."""
+    (grad,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
 
 
@@ -283,8 +285,10 @@ def main(argv=None):
         x_real, _ = common.sample_batch(args, data)
         with torch.no_grad():
             x_fake = G(noise(args.batch_size))
+        x_real.requires_grad_()
+        x_fake.requires_grad_()
         d_real, d_fake = D(x_real), D(x_fake)
-        penalty = r1_penalty(D, x_real) + r1_penalty(D, x_fake)
+        penalty = r1_penalty(d_real, x_real) + r1_penalty(d_fake, x_fake)
         loss_D = d_loss(d_real, d_fake) + gamma / 2 * penalty
         opt_D.zero_grad()
         loss_D.backward()
@@ -302,13 +306,13 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """Images of z, drawn by the average of G."""
+        """Images from z, drawn by the average of G."""
         return average(z)
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     state["average"] = average
     done = runs.start_run(args, data, state)

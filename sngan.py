@@ -6,8 +6,8 @@ https://arxiv.org/abs/1802.05957
     D:  min  E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))]
     G:  min  -E[D(G(z))]
 
-Differs from wgan_gp.py in: the hinge loss, the networks (Table 3), spectral norm in D where the
-penalty was, one D update per G update, Adam's settings (Table 1, C).
+Differs from dcgan.py in: the hinge loss, the networks (Table 3), spectral norm in D instead of
+batch norm, and the sizes of z and of a batch.
 
 Deviations from the paper (more in docs/papers.md): one power iteration per pass of D, not per
 update; batch norm after G's dense layer; no decay of the learning rate.
@@ -46,7 +46,7 @@ def parse_args(argv=None):
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1].
 
-    The comments have the shapes at the default width and size. Other sizes are powers of 2.
+    The comments give the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -108,7 +108,7 @@ def spectral_norm(layer):
 
 def init_weights(m):
     """Weights with mean 0 and standard deviation 0.02 (DCGAN, section 4); gains of batch norm with
-    mean 1 and standard deviation 0.02, biases 0 (the authors' code)."""
+    mean 1 and standard deviation 0.02, biases 0 (DCGAN's code)."""
     if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(m.weight, 0.0, 0.02)
     if isinstance(m, nn.BatchNorm2d):
@@ -177,15 +177,15 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z in evaluation mode, in which batch norm uses its running statistics."""
+        """G's images from z in evaluation mode, in which batch norm uses its running statistics."""
         x = G.eval()(z)
         G.train()
         return x
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     done = runs.start_run(args, data, state)
     if args.generate:

@@ -112,7 +112,7 @@ def scaled(images):
 class Generator(nn.Module):
     """z (N, z_dim), uniform in [0, 1) -> images (N, channels, image_size, image_size) in [-1, 1].
 
-    The comments have the number of units at the default width.
+    The comments give the number of units at the default width.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -130,7 +130,7 @@ class Generator(nn.Module):
 
 class WeightNormLinear(nn.Module):
     """x (N, n_in) -> (N, n_out), with weights scale v / ||v||: Salimans, Kingma 2016, 1602.07868.
-    The scale starts at 1, and is fixed but with `learn_scale`."""
+    The scale starts at 1, and is trained only with `learn_scale`."""
 
     def __init__(self, n_in, n_out, learn_scale=False):
         super().__init__()
@@ -184,7 +184,7 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def normalise(self, x):
-        """Scales and shifts each layer so that its outputs of the images x have mean 0 and
+        """Scales and shifts each layer so that its outputs for the images x have mean 0 and
         variance 1, before any nonlinearity."""
         h = (x + 1) / 2
         for layer in [*self.hidden, self.noise, self.last]:
@@ -211,17 +211,15 @@ def init_weights(m):
 def d_loss_labelled(logits, y):
     """E[-l_y + s], the cross entropy of the classes, from logits (N, K) and labels (N,):
     section 5."""
-    s = logits.logsumexp(1)
-    return (s - logits.gather(1, y[:, None])[:, 0]).mean()
+    return nn.functional.cross_entropy(logits, y)
 
 
 def d_loss_unlabelled(logits_real, logits_fake):
-    """1/2 E[-s + softplus(s)] of unlabelled images and 1/2 E[softplus(s)] of fakes, from logits
-    (N, K): minus log D(x) and minus log(1 - D(G(z))), where D = Z / (Z + 1) and Z = exp(s):
-    section 5."""
-    s_real, s_fake = logits_real.logsumexp(1), logits_fake.logsumexp(1)
-    softplus = nn.functional.softplus
-    return 0.5 * (softplus(s_real) - s_real).mean() + 0.5 * softplus(s_fake).mean()
+    """-1/2 E[log sigmoid(s(x))] - 1/2 E[log(1 - sigmoid(s(G(z))))], from logits (N, K) of
+    unlabelled images and of fakes: section 5."""
+    real = -nn.functional.logsigmoid(logits_real.logsumexp(1)).mean()
+    fake = -nn.functional.logsigmoid(-logits_fake.logsumexp(1)).mean()
+    return 0.5 * (real + fake)
 
 
 def g_loss(f_real, f_fake):
@@ -312,7 +310,7 @@ def main(argv=None):
         return {"loss_D": loss_D, "loss_G": loss_G, **scores}
 
     @torch.no_grad()
-    def errors():
+    def count_errors():
         """How many test images the average classifies wrongly, without noise."""
         wrong = 0
         for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True):
@@ -322,15 +320,15 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z in evaluation mode, in which batch norm uses its running statistics."""
+        """G's images from z in evaluation mode, in which batch norm uses its running statistics."""
         x = G.eval()(z)
         G.train()
         return x
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     state.update(average=average, test_error=test_error)
     done = runs.start_run(args, data, state)
@@ -348,13 +346,14 @@ def main(argv=None):
         # The authors' 0.9999 is too slow for the first 100,000 steps.
         move_average(average, D, min(0.9999, (step - 1) / (step + 9)))
         if step % args.save_every == 0 or step == args.steps:
-            test_error.copy_(errors() / len(test_labels))
+            wrong = count_errors()
+            test_error.copy_(wrong / len(test_labels))
         if step % args.log_every == 0:
             progress.set_postfix(runs.log(args, step, {**values, "test_error": test_error}))
         if step % args.save_every == 0 or step == args.steps:
             common.save_grid(args, step, sample(fixed_z))
             runs.save_checkpoint(args, data, step, state)
-    common.say(f"errors: {int(errors()):,} of {len(test_labels):,} test images")
+    common.say(f"errors: {int(wrong):,} of {len(test_labels):,} test images")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 Huang, Li, Poursaeed, Hopcroft, Belongie 2016, Stacked Generative Adversarial Networks.
 https://arxiv.org/abs/1612.04357
 
-First, an encoder E learns to classify; after that it is fixed. h = E(x) are the features of its
-last hidden layer. G1 draws h from a label y and noise z1, and G0 draws x from h and noise z0. Each
-D has a second head, Q1 or Q0, which recovers the noise.
+First, an encoder E (Enc in the formulas) learns to classify; after that it is fixed. h = Enc(x) are
+the features of its last hidden layer. G1 draws h from a label y and noise z1, and G0 draws x from h
+and noise z0. Each D has a second head, Q1 or Q0, which recovers the noise.
 
     E:   min  E[-log p(y | h)]
     D1:  min  -1/2 E[log sigmoid(D1(h))] - 1/2 E[log(1 - sigmoid(D1(G1(y, z1))))]
@@ -14,7 +14,7 @@ D has a second head, Q1 or Q0, which recovers the noise.
               + 10 E[(Q1(G1(y, z1)) - z1)^2]
     D0:  min  -1/2 E[log sigmoid(D0(x))] - 1/2 E[log(1 - sigmoid(D0(G0(h, z0))))]
               + 10 E[(Q0(G0(h, z0)) - z0)^2]
-    G0:  min  -E[log sigmoid(D0(G0(h, z0)))] + E[(E(G0(h, z0)) - h)^2]
+    G0:  min  -E[log sigmoid(D0(G0(h, z0)))] + E[(Enc(G0(h, z0)) - h)^2]
               + 10 E[(Q0(G0(h, z0)) - z0)^2]
 
 The last term of each is the entropy loss: without it, G could ignore the noise. From step
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
     """Images (N, channels, image_size, image_size) -> features h (N, 4 * width), and
     `classify(h)`: their logits (N, n_classes).
 
-    The comments have the shapes at the default width and size.
+    The comments give the shapes at the default width and size.
     """
 
     def __init__(self, width, channels, image_size, n_classes):
@@ -122,7 +122,7 @@ class ImageGenerator(nn.Module):
     """G0: noise z0 (N, z_dim), features h (N, 4 * width) -> images (N, channels, image_size,
     image_size) in [-1, 1].
 
-    The comments have the shapes at the default width and size. Other sizes are powers of 2.
+    The comments give the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -239,7 +239,7 @@ def label_loss(logits, y):
 
 
 def feature_loss(h_fake, h):
-    """E[(E(G0(h, z0)) - h)^2] from features (N, F), a mean over all: what the paper calls the
+    """E[(Enc(G0(h, z0)) - h)^2] from features (N, F), a mean over all: what the paper calls the
     conditional loss of G0."""
     return (h_fake - h).square().mean()
 
@@ -346,12 +346,13 @@ def main(argv=None):
         z0 = noise(args.batch_size)
         with torch.no_grad():
             x_fake = G0(z0, h)
-        d_real, _ = D0(x_real)
-        d_fake, z0_recovered = D0(x_fake)
-        loss_D0 = d_loss(d_real, d_fake) + args.entropy_weight * entropy_loss(z0_recovered, z0)
+        d0_real, _ = D0(x_real)
+        d0_fake, z0_recovered = D0(x_fake)
+        loss_D0 = d_loss(d0_real, d0_fake) + args.entropy_weight * entropy_loss(z0_recovered, z0)
         opt_D0.zero_grad()
         loss_D0.backward()
         opt_D0.step()
+        scores = {"d_real": d0_real.mean(), "d_fake": d0_fake.mean()}  # of D0
 
         # G0: minimise g_loss + feature_loss + entropy_weight * entropy_loss, with D0 and E fixed.
         D0.requires_grad_(False)
@@ -366,15 +367,13 @@ def main(argv=None):
             loss_G0.backward()
             opt_G0.step()
 
-        # The scores are those of D0.
         losses = {"loss_D1": loss_D1, "loss_G1": loss_G1, "loss_D0": loss_D0, "loss_G0": loss_G0}
-        scores = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
         parts = {"loss_label": loss_label, "loss_feature": loss_feature}
         return {**losses, **scores, **parts, "loss_z1": loss_z1, "loss_z0": loss_z0}
 
     @torch.no_grad()
     def sample(z, y):
-        """Images of z = z1, z0 and y in evaluation mode, in which batch norm uses its running
+        """Images from z = z1, z0 and y in evaluation mode, in which batch norm uses its running
         statistics."""
         z1, z0 = z
         x = G0.eval()(z0, G1.eval()(z1, y))
@@ -382,14 +381,14 @@ def main(argv=None):
         G0.train()
         return x
 
-    # All grids are of the same noise and classes, so that they show the same images changing: a
-    # column per class, at most 16.
+    # All grids use the same noise and classes, so they show the same images changing: a column per
+    # class, at most 16, and fewer if the images are large.
     rows = math.isqrt(common.grid_size(args))
     columns = min(n_classes, 2 * rows)
     fixed_y = torch.arange(columns, device=args.device).repeat(rows)
     fixed_z = torch.stack([noise(len(fixed_y)), noise(len(fixed_y))])
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"E": E, "G1": G1, "G0": G0, "D1": D1, "D0": D0, "fixed_z": fixed_z}
     state.update(opt_G1=opt_G1, opt_G0=opt_G0, opt_D1=opt_D1, opt_D0=opt_D0)
     done = runs.start_run(args, data, state)

@@ -74,7 +74,7 @@ def channels_at(size, width):
 class Linear(nn.Module):
     """x (N, n_in) -> (N, n_out), with an equalised learning rate (Karras et al. 2017, section 4.1):
     the weights are N(0, 1) / rate, and are multiplied by rate * gain / sqrt(n_in) in each forward
-    pass. Adam's steps are of one size for all weights, so that the layer learns `rate` times as
+    pass. Adam's steps are of one size for all weights, so the layer learns `rate` times as
     fast."""
 
     def __init__(self, n_in, n_out, gain=2**0.5, rate=1.0):
@@ -133,7 +133,7 @@ class Layer(nn.Module):
         self.up = up
         self.conv = None if first else Conv(n_in, n_out, 3, bias=False)
         self.noise_strength = nn.Parameter(torch.zeros(n_out))
-        self.register_buffer("constant_noise", torch.randn(1, 1, size, size))
+        self.constant_noise = nn.Buffer(torch.randn(1, 1, size, size))
         self.bias = nn.Parameter(torch.zeros(n_out))
         self.affine = Linear(w_dim, 2 * n_out, gain=1.0)
 
@@ -163,7 +163,7 @@ class Generator(nn.Module):
     [-1, 1], where the real ones are: there is no tanh.
 
     The layers of the stage draw them. In a fade, they are mixed with those of the stage before,
-    enlarged. The comments have the shapes at the default width and size.
+    enlarged. The comments give the shapes at the default width and size.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -192,20 +192,20 @@ class Generator(nn.Module):
         return self.synthesise(self.mapping(z), stage, fade)
 
     def synthesise(self, w, stage, fade=None):
-        """Images of w (N, z_dim), or of (N, 2 * stage + 2, z_dim): layer k uses w[:, k]."""
+        """Images from w (N, z_dim), or of (N, 2 * stage + 2, z_dim): layer k uses w[:, k]."""
         if w.ndim == 2:
             w = w[:, None].expand(-1, 2 * stage + 2, -1)
 
-        # All layers before those of the stage, which are the last two.
+        # The layers before the stage, and its own, which are two.
         x = self.constant.expand(len(w), -1, -1, -1)
         for k in range(2 * stage):
             x = self.layers[k](x, w[:, k])
-        coarse = x
+        before = x
         for k in (2 * stage, 2 * stage + 1):
             x = self.layers[k](x, w[:, k])
         image = self.to_rgb[stage](x)
         if fade is not None:
-            coarse = nn.functional.interpolate(self.to_rgb[stage - 1](coarse), scale_factor=2)
+            coarse = nn.functional.interpolate(self.to_rgb[stage - 1](before), scale_factor=2)
             image = torch.lerp(coarse, image, fade)
         return image
 
@@ -224,7 +224,7 @@ class MinibatchDeviation(nn.Module):
         group = min(self.group, n)
         while n % group:
             group -= 1
-        groups = x.reshape(group, n // group, *x.shape[1:])  # image i is in group i mod n // group
+        groups = x.reshape(group, n // group, *x.shape[1:])  # image i: group i % (n // group)
         variance = groups.var(0, correction=0)
         deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))  # (n // group,)
         plane = deviation.repeat(group)[:, None, None, None].expand(n, 1, *x.shape[2:])
@@ -240,7 +240,7 @@ class Down(nn.Module):
         self.conv = Conv(n_in, n_out, 3)
 
     def forward(self, x):
-        # The mean of the bias is the bias, so that it may come before.
+        # The mean of a constant is that constant, so the bias may be added first.
         x = nn.functional.avg_pool2d(self.conv(blur(x)), 2)
         return nn.functional.leaky_relu(x, 0.2)
 
@@ -295,12 +295,13 @@ def g_loss(d_fake):
     return -nn.functional.logsigmoid(d_fake).mean()
 
 
-def r1_penalty(D, x):
-    """E[||grad D(x)||^2] at real images (N, C, S, S), the mean over the images of the squared norm
-    of each one's gradient, without gamma / 2: Mescheder et al. 2018, eq. 9. It keeps D from being
-    steep where the data are."""
-    x = x.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+def r1_penalty(d_real, x_real):
+    """E[||grad D(x)||^2] at real images (N, C, S, S), which require gradients, from their scores
+    (N,): the mean over the images of the squared norm of each one's gradient, without gamma / 2.
+    Mescheder et al. 2018, eq. 9. It keeps D from being steep where the data are. Through D's
+    statistic of the batch, an image's gradient also depends on the other scores, as in the authors'
+    code."""
+    (grad,) = torch.autograd.grad(d_real.sum(), x_real, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
 
 
@@ -372,7 +373,7 @@ def main(argv=None):
     # The average of G, which draws all images, and how far the stage has faded in. A CUDA graph
     # needs that as a tensor.
     average = copy.deepcopy(G).eval()
-    fade = torch.ones((), device=args.device)
+    fade_tensor = torch.ones((), device=args.device)
 
     def noise(n):
         """n draws of z ~ N(0, I)."""
@@ -392,9 +393,9 @@ def main(argv=None):
             x_real = reals_at(x_real, stage, fade)
             with torch.no_grad():
                 x_fake = fakes(stage, fade)
+            x_real.requires_grad_()
             d_real, d_fake = D(x_real, stage, fade), D(x_fake, stage, fade)
-            score = functools.partial(D, stage=stage, fade=fade)
-            loss_D = d_loss(d_real, d_fake) + args.r1 / 2 * r1_penalty(score, x_real)
+            loss_D = d_loss(d_real, d_fake) + args.r1 / 2 * r1_penalty(d_real, x_real)
             opt_D.zero_grad()
             loss_D.backward()
             opt_D.step()
@@ -416,17 +417,17 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z, step, mean_w=0.0, truncation=1.0):
-        """Images of z, drawn by the average of G at its stage with w = mean + truncation (w -
+        """Images from z, drawn by the average of G at its stage with w = mean + truncation (w -
         mean), enlarged to the final size."""
         stage, fade = stage_at(step)
         w = average.mapping(z)
         images = average.synthesise(mean_w + truncation * (w - mean_w), stage, fade)
         return nn.functional.interpolate(images, args.image_size)
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     state["average"] = average
     done = runs.start_run(args, data, state)
@@ -446,16 +447,16 @@ def main(argv=None):
     n_images = args.batch_size * common.world_size()
     progress = runs.steps(args, done)
     for step in progress:
-        stage, faded = stage_at(step)
-        if faded is not None:
-            fade.fill_(faded)
+        stage, fade = stage_at(step)
+        if fade is not None:
+            fade_tensor.fill_(fade)
         if step in changes:
             opt_G.state.clear()
             opt_D.state.clear()
         if step in changes or step == done + 1:
             # Each stage has a CUDA graph of its own, and so has its fade.
-            fade_now = None if faded is None else fade
-            update_now = functools.partial(update, stage, fade_now)
+            fade_input = None if fade is None else fade_tensor
+            update_now = functools.partial(update, stage, fade_input)
             update_now = runs.cuda_graph(args, data, update_now)
         values = update_now()
         move_average(average, G, 0.5 ** (n_images / 10_000))

@@ -96,7 +96,7 @@ def enlarge(image):
 class Linear(nn.Module):
     """x (N, n_in) -> (N, n_out), with an equalised learning rate (Karras et al. 2017, section 4.1):
     the weights are N(0, 1) / rate, and are multiplied by rate / sqrt(n_in) in each forward pass.
-    Adam's steps are of one size for all weights, so that the layer learns `rate` times as fast."""
+    Adam's steps are of one size for all weights, so the layer learns `rate` times as fast."""
 
     def __init__(self, n_in, n_out, bias=0.0, rate=1.0):
         super().__init__()
@@ -171,7 +171,7 @@ class Layer(nn.Module):
         self.conv = ModulatedConv(n_in, n_out, 3, w_dim, up=up)
         self.bias = nn.Parameter(torch.zeros(n_out))
         self.noise_strength = nn.Parameter(torch.zeros(()))
-        self.register_buffer("constant_noise", torch.randn(1, 1, size, size))
+        self.constant_noise = nn.Buffer(torch.randn(1, 1, size, size))
 
     def forward(self, x, w):
         x = self.conv(x, w)
@@ -212,7 +212,7 @@ class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size), about in [-1, 1].
 
     Each size adds its picture to the enlarged one of the size before: section 4.1, figure 7b. Sizes
-    are powers of 2. The comments have the shapes at the default size.
+    are powers of 2. The comments give the shapes at the default size.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -241,8 +241,8 @@ class Generator(nn.Module):
         return self.synthesise(self.mapping(z))
 
     def synthesise(self, w):
-        """Images of w (N, z_dim), or (N, len(self.layers) + 1, z_dim): layer k uses w[:, k], and
-        the picture of a size the w after its last layer."""
+        """Images from w (N, z_dim), or (N, len(self.layers) + 1, z_dim): layer k uses w[:, k], and
+        the picture after it w[:, k + 1]."""
         if w.ndim == 2:
             w = w[:, None].expand(-1, len(self.layers) + 1, -1)
 
@@ -251,11 +251,11 @@ class Generator(nn.Module):
         x = self.layers[0](x, w[:, 0])
         image = self.to_rgb[0](x, w[:, 1])
 
-        # 8x8, 16x16, 32x32
-        for k, to_rgb in enumerate(self.to_rgb[1:]):
-            x = self.layers[2 * k + 1](x, w[:, 2 * k + 1])
-            x = self.layers[2 * k + 2](x, w[:, 2 * k + 2])
-            image = enlarge(image) + to_rgb(x, w[:, 2 * k + 3])
+        # 8x8, 16x16, 32x32: two layers and a picture each
+        for k in range(1, len(self.layers), 2):
+            x = self.layers[k](x, w[:, k])
+            x = self.layers[k + 1](x, w[:, k + 1])
+            image = enlarge(image) + self.to_rgb[(k + 1) // 2](x, w[:, k + 2])
         return image
 
 
@@ -273,7 +273,7 @@ class MinibatchDeviation(nn.Module):
         group = min(self.group, n)
         while n % group:
             group -= 1
-        groups = x.reshape(group, n // group, *x.shape[1:])  # image i is in group i mod n // group
+        groups = x.reshape(group, n // group, *x.shape[1:])  # image i: group i % (n // group)
         variance = groups.var(0, correction=0)
         deviation = (variance + 1e-8).sqrt().mean((1, 2, 3))  # (n // group,)
         plane = deviation.repeat(group)[:, None, None, None].expand(n, 1, *x.shape[2:])
@@ -325,12 +325,13 @@ def g_loss(d_fake):
     return -nn.functional.logsigmoid(d_fake).mean()
 
 
-def r1_penalty(D, x):
-    """E[||grad D(x)||^2] at real images (N, C, S, S), the mean over the images of the squared norm
-    of each one's gradient, without gamma / 2: Mescheder et al. 2018, eq. 9. It keeps D from being
-    steep where the data are."""
-    x = x.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+def r1_penalty(d_real, x_real):
+    """E[||grad D(x)||^2] at real images (N, C, S, S), which require gradients, from their scores
+    (N,): the mean over the images of the squared norm of each one's gradient, without gamma / 2.
+    Mescheder et al. 2018, eq. 9. It keeps D from being steep where the data are. Through D's
+    statistic of the batch, an image's gradient also depends on the other scores, as in the authors'
+    code."""
+    (grad,) = torch.autograd.grad(d_real.sum(), x_real, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
 
 
@@ -340,7 +341,7 @@ def r1_penalty(D, x):
 def lazy_adam(network, args, interval):
     """Adam for a network with one step for a penalty after every `interval` other ones. To make up
     for the additional step, the learning rate is multiplied by c = interval / (interval + 1), and
-    the betas are raised to its power (appendix B, "Lazy regularization")."""
+    the betas are raised to the power c (appendix B, "Lazy regularization")."""
     c = interval / (interval + 1)
     betas = (args.beta1**c, args.beta2**c)
     return torch.optim.Adam(network.parameters(), lr=c * args.lr, betas=betas, fused=True)
@@ -401,11 +402,12 @@ def main(argv=None):
         return {"loss_D": loss_D, "loss_G": loss_G, **scores}
 
     def update_r1():
-        """One update of D on a minibatch of its own: minimise the penalty, times the number of
-        steps without it."""
+        """One update of D on a minibatch of its own: minimise r1/2 * r1_penalty, times R1_EVERY, as
+        only one update in R1_EVERY is followed by this one."""
         D.requires_grad_(True)
         x_real, _ = common.sample_batch(args, data)
-        penalty = r1_penalty(D, x_real)
+        x_real.requires_grad_()
+        penalty = r1_penalty(D(x_real), x_real)
         opt_D.zero_grad()
         (R1_EVERY * args.r1 / 2 * penalty).backward()
         opt_D.step()
@@ -415,14 +417,14 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z, mean_w=0.0, truncation=1.0):
-        """Images of z, drawn by the average of G with w = mean + truncation (w - mean)."""
+        """Images from z, drawn by the average of G with w = mean + truncation (w - mean)."""
         w = average.mapping(z)
         return average.synthesise(mean_w + truncation * (w - mean_w))
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     state.update(average=average, r1=r1)
     done = runs.start_run(args, data, state)

@@ -2,7 +2,7 @@
 
     --smooth P              one-sided label smoothing     Salimans et al. 2016, 1606.03498, 3.4
     --flip P                noisy labels                  github.com/soumith/ganhacks
-    --noise STD             instance noise, fading out    Sonderby et al. 2016, 1610.04490
+    --noise STD             instance noise, fading out    Sønderby et al. 2016, 1610.04490
     --replay N              half of D's fakes are old     Shrivastava et al. 2016, 1612.07828, 2.3
     --feature-matching      G matches D's mean features   Salimans et al. 2016, 3.1
     --minibatch-kernels B   D compares images             Salimans et al. 2016, 3.2
@@ -89,7 +89,7 @@ def parse_args(argv=None):
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1].
 
-    The comments have the shapes at the default width and size. Other sizes are powers of 2.
+    The comments give the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -166,7 +166,7 @@ class MinibatchDiscrimination(nn.Module):
 
 def init_weights(m):
     """Weights with mean 0 and standard deviation 0.02 (DCGAN, section 4); gains of batch norm with
-    mean 1 and standard deviation 0.02, biases 0 (the authors' code)."""
+    mean 1 and standard deviation 0.02, biases 0 (DCGAN's code)."""
     if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(m.weight, 0.0, 0.02)
     if isinstance(m, nn.BatchNorm2d):
@@ -203,19 +203,18 @@ def swap_labels(y, p):
     return torch.where(torch.rand_like(y) < p, 1 - y, y)
 
 
-def r1_penalty(D, x):
-    """E[||grad D(x)||^2] at real images (N, C, S, S): the mean over the images of the squared norm
-    of each one's own gradient. Mescheder et al. 2018, eq. 9, weigh it by gamma / 2 as here; the
-    `reg_param` of their code has no 1/2, so that its 10 is --r1 20."""
-    x = x.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+def r1_penalty(d_real, x_real):
+    """E[||grad D(x)||^2] at real images (N, C, S, S), which require gradients, from their scores
+    (N,): the mean over the images of the squared norm of each one's gradient, without gamma / 2.
+    Mescheder et al. 2018, eq. 9. The `reg_param` of their code has no 1/2, so its 10 is --r1 20."""
+    (grad,) = torch.autograd.grad(d_real.sum(), x_real, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
 
 
 def feature_distance(D, x_real, x_fake):
     """||E[f(x_real)] - E[f(x_fake)]||^2, summed over all activations f of D; Salimans et al. 2016,
     section 3.1, have one f, and weight norm in D. Batch norm hides a part of the distance, as it
-    normalises the two batches apart. Only the fakes get a gradient."""
+    normalises the two batches separately. Only the fakes get a gradient."""
     real = x_real.detach()
     fake = x_fake
     distance = 0
@@ -239,6 +238,7 @@ def swap_with_pool(pool, x_fake):
     `x_fake` is (N, C, S, S) and n is N // 2, or M if that is less. The other fakes, `x_fake[:n]`,
     overwrite random images of the pool: Shrivastava et al. 2016, section 2.3."""
     n = min(len(x_fake) // 2, len(pool))
+    # Not torch.randperm, which a CUDA graph cannot capture.
     drawn = torch.rand(len(pool), device=pool.device).argsort()[:n]
     renewed = torch.rand(len(pool), device=pool.device).argsort()[:n]
     earlier = pool[drawn]
@@ -293,8 +293,8 @@ def translation(x):
 
 
 def cutout(x):
-    """Images (N, C, S, S), each with a hole of zeros of side S / 2. Its middle may lie on the
-    border, and half of it outside."""
+    """Images (N, C, S, S), each with a square of side S / 2 set to zero. Its centre may be
+    anywhere, so a part of the square may lie outside the image."""
     n, _, s, _ = x.shape
     side = torch.arange(s, device=x.device)
     from_middle = side - torch.randint(s + 1, (2, n, 1), device=x.device)
@@ -352,6 +352,7 @@ def main(argv=None):
             x_real, _ = common.sample_batch(args, data)
             with torch.no_grad():
                 x_fake = G(noise(args.batch_size))
+            x_real.requires_grad_(args.r1 > 0)
             d_real = D(augment(x_real))
             if args.replay:
                 # Old and new fakes pass D separately, too.
@@ -361,7 +362,7 @@ def main(argv=None):
                 d_fake = D(augment(x_fake))
             loss_D = d_loss(d_real, d_fake, args.smooth, args.flip)
             if args.r1:
-                loss_D = loss_D + args.r1 / 2 * r1_penalty(lambda x: D(augment(x)), x_real)
+                loss_D = loss_D + args.r1 / 2 * r1_penalty(d_real, x_real)
             opt_D.zero_grad()
             loss_D.backward()
             opt_D.step()
@@ -381,16 +382,17 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z in evaluation mode, in which batch norm uses its running statistics."""
+        """Images from z, by G or by its average with --ema, in evaluation mode, in which batch norm
+        uses its running statistics."""
         drawn = average if args.ema else G
         x = drawn.eval()(z)
         G.train()
         return x
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     if args.ema:
         state["average"] = average
@@ -410,13 +412,14 @@ def main(argv=None):
     update = runs.cuda_graph(args, data, update)
     progress = runs.steps(args, done)
     for step in progress:
-        fade.fill_(1 - step / args.steps)
+        left = 1 - (step - 1) / args.steps
+        fade.fill_(left)
         if args.decay:
             for opt in (opt_G, opt_D):
-                opt.param_groups[0]["lr"].fill_(args.lr * (1 - (step - 1) / args.steps))
+                opt.param_groups[0]["lr"].fill_(args.lr * left)
         values = update()
         if args.ema:
-            # The first weights are not worth keeping, so that beta grows from 0 up to --ema. This
+            # The first weights are not worth keeping, so beta grows from 0 up to --ema. This
             # ramp is ours; the authors begin with a copy of G and a beta of 0.9999.
             move_average(average, G, min(args.ema, (step - 1) / (step + 9)))
         if step % args.log_every == 0:

@@ -48,7 +48,7 @@ def parse_args(argv=None):
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1].
 
-    The comments have the shapes at the default width and size. Other sizes are powers of 2.
+    The comments give the shapes at the default width and size. Other sizes are powers of 2.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -106,7 +106,7 @@ class Discriminator(nn.Module):
 
 def init_weights(m):
     """Weights with mean 0 and standard deviation 0.02 (DCGAN, section 4); gains of batch norm with
-    mean 1 and standard deviation 0.02, biases 0 (the authors' code)."""
+    mean 1 and standard deviation 0.02, biases 0 (DCGAN's code)."""
     if isinstance(m, nn.ConvTranspose2d):
         nn.init.normal_(m.weight, 0.0, 0.02)
     if isinstance(m, nn.BatchNorm2d):
@@ -186,15 +186,15 @@ def main(argv=None):
 
     @torch.no_grad()
     def sample(z):
-        """G's images of z in evaluation mode, in which batch norm uses its running statistics."""
+        """G's images from z in evaluation mode, in which batch norm uses its running statistics."""
         x = G.eval()(z)
         G.train()
         return x
 
-    # All grids are of the same noise, so that they show the same images changing.
+    # All grids use the same noise, so they show the same images changing.
     fixed_z = noise(common.grid_size(args))
 
-    # The steps that are done: none in a new run, with --resume those of the checkpoint.
+    # Steps already done: 0 in a new run, or the checkpoint's with --resume.
     state = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "fixed_z": fixed_z}
     done = runs.start_run(args, data, state)
     if args.generate:

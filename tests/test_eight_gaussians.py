@@ -76,9 +76,9 @@ def watched(monkeypatch):
         monkeypatch.setattr(optimiser, "step", step)
     for module, penalty in ((wgan_gp, wgan_gp.gradient_penalty), (r3gan, r3gan.r1_penalty)):
 
-        def watched_penalty(D, *x, penalty=penalty, name=module.__name__):
+        def watched_penalty(scores, *x, penalty=penalty, name=module.__name__):
             seen.penalties.append((name, x))
-            return penalty(D, *x)
+            return penalty(scores, *x)
 
         monkeypatch.setattr(module, penalty.__name__, watched_penalty)
 
@@ -223,6 +223,6 @@ def test_main_writes_its_results(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         eight_gaussians.main(flags)
     line = capsys.readouterr().err
-    assert "run holds a run: --resume it, --overwrite it" in line and line.count("\n") == 1
+    assert "run holds results: --overwrite them" in line and line.count("\n") == 1
     eight_gaussians.main([*flags, "--overwrite", "--only", "gan"])
     assert len((tmp_path / "run" / "table.csv").read_text().splitlines()) == 3

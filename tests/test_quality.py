@@ -131,8 +131,8 @@ def test_own_images(tmp_path, capsys):
         image = Image.fromarray(image[0].numpy())
         for digit in (3, 8):
             if label == digit:
-                real = tmp_path / "real" / str(digit) / f"{i}.png"
-                fake = tmp_path / "fake" / f"{i:06d}_class{digit}.png"
+                real = tmp_path / "real" / f"{digit:02}" / f"{i}.png"
+                fake = tmp_path / "fake" / f"{i:06d}_class{digit:02}.png"
                 for file in (real, fake):
                     file.parent.mkdir(parents=True, exist_ok=True)
                 image.save(real)
@@ -146,4 +146,4 @@ def test_own_images(tmp_path, capsys):
     with pytest.raises(SystemExit, match="there is no folder"):
         quality.main(["cifar", str(tmp_path / "fake"), *flags])
     with pytest.raises(SystemExit, match="has no subfolder per class"):
-        quality.main([str(tmp_path / "real" / "3"), str(tmp_path / "fake"), *flags])
+        quality.main([str(tmp_path / "real" / "03"), str(tmp_path / "fake"), *flags])

@@ -51,7 +51,8 @@ def test_r1_penalty():
     """||w||^2 for D(x) = wx, for inputs of any shape, with a gradient to D."""
     for shape in ((5, 2), (5, 3, 4, 4)):
         w = torch.randn(math.prod(shape[1:]), requires_grad=True)
-        penalty = r3gan.r1_penalty(lambda x, w=w: x.flatten(1) @ w, torch.randn(shape))
+        x = torch.randn(shape, requires_grad=True)
+        penalty = r3gan.r1_penalty(x.flatten(1) @ w, x)
         assert penalty.item() == pytest.approx(w.square().sum().item(), rel=1e-5)
         (grad,) = torch.autograd.grad(penalty, w)
         assert torch.allclose(grad, 2 * w, rtol=1e-4)
@@ -126,8 +127,9 @@ def test_the_penalty_needs_no_more_convolutions_in_a_wider_d():
     counts = []
     for width in (16, 64):
         _, D = networks(width)
+        x = torch.randn(2, 3, 16, 16, requires_grad=True)
         with Convolutions() as convolutions:
-            r3gan.r1_penalty(D, torch.randn(2, 3, 16, 16)).backward()
+            r3gan.r1_penalty(D(x), x).backward()
         counts.append(convolutions.count)
     assert counts[0] == counts[1] > 0
 
@@ -138,7 +140,8 @@ def test_both_penalties_at_every_step(monkeypatch):
     fakes = []
     run.G.register_forward_hook(lambda module, z, x: fakes.append(x.detach()))
 
-    def penalty(D, x):
+    def penalty(scores, x):
+        torch.autograd.grad(scores.sum(), x, retain_graph=True)  # they are those of these images
         calls.append(x)
         return torch.tensor(float(len(calls)))
 

@@ -81,9 +81,7 @@ def test_the_loop_is_the_same(name):
     """All after the optimisers that a paper does not change: every line of dcgan.py's main from the
     state on is in each script, in this order."""
     ours, lines = iter(shared_body(name)), shared_body("dcgan")
-    start = lines.index(
-        "# The steps that are done: none in a new run, with --resume those of the checkpoint."
-    )
+    start = lines.index("# Steps already done: 0 in a new run, or the checkpoint's with --resume.")
     for line in lines[start:]:
         if "sample(" in line:  # of z, and in cgan.py of z and y
             line = re.split(r"sample|lambda", line)[0]

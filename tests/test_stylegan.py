@@ -84,8 +84,9 @@ def test_r1_needs_no_more_convolutions_in_a_wider_d():
     counts = []
     for width in (4, 16):
         _, D = networks(width)
+        x = torch.randn(2, 3, 16, 16, requires_grad=True)
         with Convolutions() as convolutions:
-            stylegan.r1_penalty(lambda x, D=D: D(x, 2), torch.randn(2, 3, 16, 16)).backward()
+            stylegan.r1_penalty(D(x, 2), x).backward()
         counts.append(convolutions.count)
     assert counts[0] == counts[1] > 0
 
@@ -181,7 +182,7 @@ def test_r1_at_every_step(monkeypatch):
     run, calls = open_script("stylegan", "--r1", 3), []
     real = recorded(monkeypatch, "sample_batch")
     with monkeypatch.context() as m:
-        m.setattr(stylegan, "r1_penalty", lambda D, x: calls.append(x) or torch.tensor(5.0))
+        m.setattr(stylegan, "r1_penalty", lambda d_real, x: calls.append(x) or torch.tensor(5.0))
         m.setattr(stylegan, "d_loss", lambda d_real, d_fake: d_real.mean() * 0 + 2)
         for k in range(3):
             assert run.update(2, None)["loss_D"].item() == 2 + 3 / 2 * 5

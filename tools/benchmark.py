@@ -2,10 +2,10 @@
 
     python tools/benchmark.py [--device cuda] [--dataset mnist --data-dir data]
 
-For each script, at its defaults for 32 px and at 64 px, two ways of training the same networks with
-the same losses, in one process, in turns: ours, the loop of the script; and the usual way, with
-torchvision's dataset in a DataLoader with 2 workers, PyTorch's default optimiser, gradients of D
-also in G's update, and `.item()` of every value in every step.
+For each of seven scripts, at its defaults for 32 px and at 64 px, it times two ways of training the
+same networks with the same losses, taking turns in one process. One is the loop of the script. The
+usual way has torchvision's dataset in a DataLoader with 2 workers, PyTorch's default optimiser,
+gradients of D also in G's update, and `.item()` of every value in every step.
 
 images/s counts the real images that D sees. overhead is what the loop adds to its calls of
 `update`: progress bar and log. Medians over `--rounds` turns of about `--seconds` each, after a
@@ -161,9 +161,9 @@ def main(argv=None):
         p.error(f"no such script: {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
 
     cuda = torch.device(args.device).type == "cuda"
-    hardware = (
-        torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores, {platform.machine()}"
-    )
+    hardware = f"{os.cpu_count()} cores, {platform.machine()}"
+    if cuda:
+        hardware = torch.cuda.get_device_name(args.device)
     versions = f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     print(f"{args.dataset} on {hardware}, {versions}; images/s:")
     print(

@@ -14,8 +14,8 @@ from pathlib import Path
 
 
 def read_log(run):
-    """The columns of a run's log.csv, by name, as lists of numbers. Rows that are not whole, as one
-    that is being written, are left out. Exits with an error if there are no others."""
+    """The columns of a run's log.csv, by name, as lists of numbers. Rows that are not whole, such
+    as one still being written, are left out. Exits with an error if there are no others."""
     text = Path(run, "log.csv").read_text("utf-8", errors="replace").replace("\0", "")
     whole_lines = text[: text.rfind("\n") + 1].splitlines()
     rows = []

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import runs
 
-# ------------------------------------------------------------------------------------------ metrics
+# metrics ------------------------------------------------------------------------------------------
 
 
 def frechet_distance(a, b):
@@ -70,7 +70,7 @@ def precision_recall(real, fake, k=5):
     return share_inside(fake, real), share_inside(real, fake)
 
 
-# --------------------------------------------------------------------------------------- classifier
+# classifier ---------------------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):
@@ -182,7 +182,7 @@ def score(net, real, fake, labels=None):
     return result
 
 
-# ------------------------------------------------------------------------------------------ program
+# program ------------------------------------------------------------------------------------------
 
 
 def read_folder(folder):
@@ -243,7 +243,8 @@ def main(argv=None):
         )
     fake = common.resize(fake, 32)
     if labels is not None and common.are_numbers(classes):
-        labels = torch.tensor([classes.index(str(number)) for number in labels.tolist()])
+        index_of = {int(name): index for index, name in enumerate(classes)}
+        labels = torch.tensor([index_of[number] for number in labels.tolist()])
 
     if args.neighbours:
         first = fake[:10]

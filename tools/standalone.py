@@ -135,8 +135,8 @@ CUTS = [
     # The check of the classes by cgan.py and stacked_gan.py.
     ("    if n_classes == 0:", "\n    # Networks"),
     # The start of a run.
-    ("    # The steps that are done", "    # The steps at which"),
-    ("    # The steps that are done", "    # Train"),
+    ("    # Steps already done", "    # The steps at which"),
+    ("    # Steps already done", "    # Train"),
 ]
 
 
@@ -168,6 +168,8 @@ def replace_loop(text):
     """`text` with a loop that saves grids, and the weights at the end."""
     state = re.search(r"    state = \{(.*?)\}\n", text)
     networks = re.findall(r'"[EGD]\d?": [EGD]\d?', state[1])
+    if "average = copy.deepcopy(G)" in text:
+        networks.append('"average": average')
     drawn = re.search(r"save_grid\(args, step, (.*?\))(, columns)?\)\n", text)
     for start, end in CUTS:
         text = cut(text, start, end)

@@ -21,8 +21,15 @@ learns to draw images that D takes for real.
 """
 
 # Changes that are shown line by line, and changes that are too long for that.
-SHORT = ["gan dcgan", "dcgan cgan", "dcgan lsgan", "dcgan wgan", "wgan wgan_gp", "dcgan sngan"]
-SHORT += ["dcgan ebgan"]
+SHORT = [
+    "gan dcgan",
+    "dcgan cgan",
+    "dcgan lsgan",
+    "dcgan wgan",
+    "wgan wgan_gp",
+    "dcgan sngan",
+    "dcgan ebgan",
+]
 LONG = [
     "ebgan began",
     "gan ssgan",
@@ -30,8 +37,9 @@ LONG = [
     "wgan_gp progan",
     "progan stylegan",
     "stylegan stylegan2",
+    "dcgan stylegan2",
+    "stylegan2 r3gan",
 ]
-LONG += ["dcgan stylegan2", "stylegan2 r3gan"]
 
 IDEAS = """
 gan dcgan: Image features are local and can appear anywhere, so both networks become convolutional.
