@@ -238,7 +238,7 @@ def swap_with_pool(pool, x_fake):
     `x_fake` is (N, C, S, S) and n is N // 2, or M if that is less. The other fakes, `x_fake[:n]`,
     overwrite random images of the pool: Shrivastava et al. 2016, section 2.3."""
     n = min(len(x_fake) // 2, len(pool))
-    # Not torch.randperm, which a CUDA graph cannot capture.
+    # The order of random numbers is a random permutation.
     drawn = torch.rand(len(pool), device=pool.device).argsort()[:n]
     renewed = torch.rand(len(pool), device=pool.device).argsort()[:n]
     earlier = pool[drawn]
