@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import CIFAR10
 
 import common
@@ -154,18 +153,6 @@ def first_image(run, step):
     return grid[8:72:4, 8:72:4].permute(2, 0, 1) / 127.5 - 1
 
 
-class Convolutions(TorchDispatchMode):
-    """Counts the convolutions that are computed within it, those of derivatives included."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "convolution" in str(function)
-        return function(*args, **(kwargs or {}))
-
-
 def log_rows(run):
     """The rows of a log.csv without the times, as numbers."""
     rows = csv.DictReader(Path(run, "log.csv").read_text().splitlines())
@@ -206,21 +193,23 @@ def open_script(name, *flags, run=None, dataset=None):
         small = SMALL.replace("--width", "--width-at-64")
     if name == "stacked_gan":
         small = f"{SMALL} --encoder-steps 2"
+    if name == "ssgan":
+        small = f"{SMALL} --labels 3 --width 32"
     argv += [*small.split(), *flags]
     with mock.patch.object(runs, "steps", steps), pytest.raises(_Enough):
         SCRIPTS[name].main([str(flag) for flag in argv])
     return caught
 
 
-def recorded(monkeypatch, name):
-    """A list to which every later call of the function `name` of common.py adds its result."""
-    results, function = [], getattr(common, name)
+def recorded(monkeypatch, name, module=common):
+    """A list to which every later call of the function `name` of a module adds its result."""
+    results, function = [], getattr(module, name)
 
     def recording(*args, **kwargs):
         results.append(function(*args, **kwargs))
         return results[-1]
 
-    monkeypatch.setattr(common, name, recording)
+    monkeypatch.setattr(module, name, recording)
     return results
 
 

@@ -1,13 +1,10 @@
 """ebgan.py and began.py: their losses in closed form, their energies, k, and one picture."""
 
 import copy
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from helpers import SCRIPTS, open_script, picture, picture_folder, train
-from PIL import Image
+from helpers import SCRIPTS, open_script, train
 from torch import nn
 
 import began
@@ -53,12 +50,12 @@ def test_began_losses():
 
 @pytest.mark.parametrize(
     "k, l_fake, new_k, measure",
-    [(0.5, 0.4, 0.56, 2.6), (0.5, 3.0, 0.3, 4.0), (0.1, 3.0, 0.0, 4.0), (0.99, 0.4, 1.0, 2.6)],
+    [(0.5, 0.4, 0.52, 2.2), (0.5, 3.0, 0.26, 4.4), (0.1, 3.0, 0.0, 4.4), (0.99, 0.4, 1.0, 2.2)],
 )
 def test_k_and_the_measure(k, l_fake, new_k, measure, monkeypatch):
-    """gamma 0.5 and E[D(x)] = 2: k rises when fakes are easier to reconstruct than half of that,
-    falls when they are harder, and stays in [0, 1]."""
-    run = open_script("began", "--lambda-k", 0.1)
+    """gamma 0.3 and E[D(x)] = 2: k rises when fakes are easier to reconstruct than 0.6, falls when
+    they are harder, and stays in [0, 1]."""
+    run = open_script("began", "--lambda-k", 0.1, "--gamma", 0.3)
     run.k.fill_(k)
     bias = next(run.D.parameters())
     run.D.forward = lambda x: 2 + 0 * (bias.sum() + x.sum((1, 2, 3)))
@@ -165,23 +162,3 @@ def test_the_learning_rate_of_began_halves(monkeypatch):
     train("began", "run", "--steps", 8, "--resume", small="")
     expected = [0.5] * 3 + [0.25] * 3 + [0.125] * 2
     assert rates[::2] == expected and rates[1::2] == expected
-
-
-def test_z_of_began_is_uniform(monkeypatch):
-    seen, forward = [], began.Generator.forward
-    monkeypatch.setattr(began.Generator, "forward", lambda G, z: seen.append(z) or forward(G, z))
-    train("began", "run", "--steps", 5)
-    began.main(["--out-dir", "run", "--device", "cpu", "--generate", "200"])
-    assert len(seen) > 10
-    assert all(z.min() >= -1 and z.max() < 1 and z.min() < -0.5 for z in seen)
-
-
-@pytest.mark.parametrize("name", ["ebgan", "began"])
-def test_learns_one_picture(name):
-    data, run = picture_folder(Path("pictures")), "--out-dir run --device cpu"
-    quick = "--image-size 16 --batch-size 4 --width 8 --z-dim 6 --lr 3e-3 --steps 160"
-    SCRIPTS[name].main(f"--dataset {data} {quick} --save-every 1000 {run}".split())
-    SCRIPTS[name].main(f"--generate 4 {run}".split())
-    for file in Path("run", "generated").iterdir():
-        distance = [np.abs(np.asarray(Image.open(file), float) - picture(k)).mean() for k in (0, 1)]
-        assert distance[0] < 45 and distance[0] < distance[1], f"{file}: {distance}"

@@ -86,6 +86,8 @@ OWN_FLAGS = {
     "cgan": ("--label 1",),
     "ebgan": ("--batch-size 1",),
     "ssgan": ("--batch-size 1",),
+    "stacked_gan": ("--batch-size 1",),
+    "r3gan": ("--width 12",),
     "tricks": ("--noise -1", "--r1 nan", "--minibatch-kernels 3 --r1 1"),
 }
 
@@ -346,10 +348,11 @@ def test_init_takes_any_checkpoint_that_fits():
         train("dcgan", "another", "--steps", 5, "--init", "other.pt")
 
 
-def test_cgan_needs_classes():
+@pytest.mark.parametrize("name", ["cgan", "stacked_gan", "ssgan"])
+def test_classes_are_needed(name):
     picture_folder(Path("flat"), (0, 1))
-    with pytest.raises(SystemExit, match=r"flat has no classes, which cgan\.py needs"):
-        train("cgan", "run", data="flat")
+    with pytest.raises(SystemExit, match=r"flat has no (classes|labels)"):
+        train(name, "run", data="flat")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
@@ -400,4 +403,3 @@ def test_help_shows_the_defaults(capsys):
     for default in ["64", "5e-05", "0.99", "0.01", "mnist", "20000"]:
         assert f"(default: {default})" in out
     assert "None" not in out and "False" not in out and "True" not in out
-    assert "README.md begins with an example" in out

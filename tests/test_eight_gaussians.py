@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SCRIPTS
+from helpers import SCRIPTS, recorded
 from PIL import Image
 
 import eight_gaussians
@@ -156,13 +156,17 @@ def test_each_setting_changes_the_run(name, setting, monkeypatch):
     assert not torch.equal(*runs)
 
 
+@pytest.mark.parametrize("flag", ["--modes 5", "--seed 1"])
+def test_flags_change_the_run(flag):
+    runs = []
+    for flags in (FLAGS, f"{FLAGS} {flag}"):
+        args = eight_gaussians.parse_args(flags.split())
+        runs.append(eight_gaussians.train("gan", args)[-1])
+    assert not torch.equal(*runs)
+
+
 def test_every_update_of_D_has_points_of_its_own(monkeypatch):
-    drawn, real_points = [], eight_gaussians.real_points
-    monkeypatch.setattr(
-        eight_gaussians,
-        "real_points",
-        lambda *args: drawn.append(real_points(*args)) or drawn[-1],
-    )
+    drawn = recorded(monkeypatch, "real_points", eight_gaussians)
     eight_gaussians.train("wgan", eight_gaussians.parse_args(FLAGS.split()))
     assert len({tuple(points.flatten().tolist()) for points in drawn}) == 10
 
@@ -184,11 +188,7 @@ def test_a_pair_is_compared_with_real_points_of_its_own(monkeypatch):
         return r3gan.g_loss(d_real, d_fake)
 
     monkeypatch.setattr(eight_gaussians.METHODS["r3gan"], "g_loss", g_loss)
-    drawn = []
-    real_points = eight_gaussians.real_points
-    monkeypatch.setattr(
-        eight_gaussians, "real_points", lambda *args: drawn.append(args) or real_points(*args)
-    )
+    drawn = recorded(monkeypatch, "real_points", eight_gaussians)
     eight_gaussians.train("r3gan", eight_gaussians.parse_args(FLAGS.split()))
     assert len(calls) == 2 and len(drawn) == 4, "for D, and again for G"
     assert all(not torch.equal(d_real, d_fake) for d_real, d_fake in calls)
@@ -199,10 +199,7 @@ def test_main_writes_its_results(tmp_path, capsys, monkeypatch):
     assert eight_gaussians.COLUMNS[-1] == eight_gaussians.MOMENTS
     monkeypatch.setattr(eight_gaussians, "MOMENTS", 3)
     monkeypatch.setattr(eight_gaussians, "COLUMNS", (0, 1, 3))
-    counts, coverage = [], eight_gaussians.coverage
-    monkeypatch.setattr(
-        eight_gaussians, "coverage", lambda *a: counts.append(coverage(*a)) or counts[-1]
-    )
+    counts = recorded(monkeypatch, "coverage", eight_gaussians)
     flags = ["--steps", "3", "--width", "8", "--batch-size", "8"]
     flags += ["--out-dir", str(tmp_path / "run")]
     eight_gaussians.main(flags)

@@ -1,8 +1,10 @@
 """Shapes, ranges and structure of the seven pairs of networks."""
 
+import re
+
 import pytest
 import torch
-from helpers import CONVOLUTIONAL, DEVICES, NAMES, SCRIPTS, networks
+from helpers import CONVOLUTIONAL, DEVICES, NAMES, ROOT, SCRIPTS, networks
 from torch import nn
 
 
@@ -15,18 +17,23 @@ def test_shapes_and_ranges(name, image_size, channels, device):
     x = G(3 * torch.randn(5, 6, device=device))
     assert x.shape == (5, channels, image_size, image_size)
     assert x.abs().max() <= 1
-    with (
-        torch.no_grad()
-    ):  # a far larger last layer must still end in [-1, 1]: tanh, and no other range
-        last = [
-            m for m in G.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
-        ][-1]
+    # A far larger last layer must still end in [-1, 1]: tanh, and no other range.
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    last = [m for m in G.modules() if isinstance(m, kinds)][-1]
+    with torch.no_grad():
         last.weight.mul_(1000)
         wide = G(3 * torch.randn(5, 6, device=device))
     assert wide.max() <= 1 and wide.min() >= -1 and wide.max() > 0.5 and wide.min() < -0.5
     scores = D(x)
     assert scores.shape == (5,)
     assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_batch_norm_has_one_argument(name):
+    """A second one, such as 0.8, would be eps."""
+    text = (ROOT / f"{name}.py").read_text("utf-8")
+    assert not re.search(r"BatchNorm\dd\([^)]*,", text)
 
 
 @pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"gan", "ssgan", "stacked_gan"}))

@@ -1,17 +1,13 @@
 """progan.py: growing, its layers by hand, the penalty, and one picture through all stages."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
     checkpoint,
-    first_image,
     open_script,
-    picture,
-    picture_folder,
     recorded,
     same,
     train,
@@ -116,24 +112,17 @@ def test_networks():
     assert G(z, 3).max() > 4
 
 
-def test_minibatch_deviation():
-    """One number of the whole batch, as one more channel."""
-    x = torch.randn(6, 3, 4, 4)
-    y = progan.MinibatchDeviation(math.inf)(x)
-    assert y.shape == (6, 4, 4, 4) and torch.equal(y[:, :3], x)
-    expected = x.std(0, correction=0).mean()
-    assert torch.allclose(y[:, 3:], expected.expand(6, 1, 4, 4), rtol=1e-4)
-
-
 def test_D_compares_the_images_of_a_batch():
+    """All of them."""
     D = progan.Discriminator(8, 3, 16)
+    assert D.blocks[0][0].group == math.inf
     x = torch.randn(3, 3, 16, 16)
     assert not torch.allclose(D(x[[0, 1]], 2)[0], D(x[[0, 2]], 2)[0])
 
 
-@pytest.mark.parametrize("gamma", [1.0, 750.0])
-def test_gradient_penalty(gamma):
+def test_gradient_penalty():
     """(||w|| - gamma)^2 / gamma^2 for D(x) = wx."""
+    gamma = 750.0
     w = torch.randn(3 * 16 * 16)
     x_real, x_fake = torch.randn(5, 3, 16, 16), torch.randn(5, 3, 16, 16)
     penalty = progan.gradient_penalty(lambda x: x.flatten(1) @ w, x_real, x_fake, gamma)
@@ -156,7 +145,8 @@ def test_gradient_penalty_with_gamma_1_is_that_of_wgan_gp():
 def test_the_loss_of_D(monkeypatch):
     """The loss, the weighted penalty, and the one on scores of real images; real and fake images
     never share a batch, whose statistic would tell them apart."""
-    run, scores = open_script("progan", "--stage-steps", 0), []
+    flags = ["--stage-steps", 0, "--gamma", 1500, "--gp-weight", 7]
+    run, scores = open_script("progan", *flags), []
     monkeypatch.setattr(
         progan, "gradient_penalty", lambda D, x, y, gamma: torch.tensor(gamma / 750)
     )
@@ -166,18 +156,9 @@ def test_the_loss_of_D(monkeypatch):
         run.D.blocks[0][-1].bias += 100
     loss_D = run.update(2, None)["loss_D"]
     real, fake, _ = scores
-    expected = fake.mean() - real.mean() + 10 + 0.001 * real.square().mean()
+    expected = fake.mean() - real.mean() + 7 * 2 + 0.001 * real.square().mean()
     assert loss_D.item() == pytest.approx(expected.item(), rel=1e-4)
     assert real.square().mean() > 1000 and [len(part) for part in scores] == [4, 4, 4]
-
-
-def test_the_penalty_trains_D():
-    """One update with it leads to other weights than one without it."""
-    weights = []
-    for run, weight in (("with", 10), ("without", 0)):
-        train("progan", run, "--steps", 1, "--stage-steps", 0, "--gp-weight", weight)
-        weights.append(checkpoint(run)["state"]["D"]["blocks.0.1.weight"])
-    assert not torch.equal(*weights)
 
 
 def test_adam_starts_anew_with_each_part_of_a_stage():
@@ -188,20 +169,6 @@ def test_adam_starts_anew_with_each_part_of_a_stage():
         for opt in ("opt_D", "opt_G"):
             counts = {int(s["step"]) for s in saved[opt]["state"].values()}
             assert counts == {done}
-
-
-def test_the_average_draws_the_images_enlarged():
-    train("progan", "run", "--stage-steps", 20, "--steps", 6, "--lr", 0.05)
-    saved, grids = checkpoint("run")["state"], {}
-    for part in ("average", "G"):
-        G = progan.Generator(6, 8, 3, 16)
-        G.load_state_dict(saved[part])
-        with torch.no_grad():
-            grids[part] = interpolate(G(saved["fixed_z"], 0), 16)
-    drawn = first_image("run", 6)
-    for part, close in (("average", True), ("G", False)):
-        difference = grids[part][0].clamp(-1, 1) - drawn
-        assert (difference.abs().max() < 0.015) == close, part
 
 
 def test_the_average():
@@ -226,17 +193,3 @@ def test_generate_draws_at_the_stage_of_the_run():
     image = np.asarray(Image.open("run/generated/000000.png"), int)
     assert image.shape == (16, 16, 3)
     assert (image[::4] != image[1::4]).any(), "more than 4 rows"
-
-
-def test_learns_one_picture_through_all_stages():
-    """G itself: its average takes longer than this."""
-    flags = "--image-size 16 --batch-size 4 --width 8 --z-dim 6 --stage-steps 20 --steps 140"
-    data = picture_folder(Path("pictures"))
-    flags = f"{flags} --gamma 1 --lr 6e-3 --save-every 1000 --out-dir run --device cpu"
-    progan.main(f"--dataset {data} {flags}".split())
-    G = progan.Generator(6, 8, 3, 16)
-    G.load_state_dict(checkpoint("run")["state"]["G"])
-    with torch.no_grad():
-        images = (G(torch.randn(8, 6), 2).permute(0, 2, 3, 1).numpy() + 1) * 127.5
-    distances = [[np.abs(image - picture(k)).mean() for k in (0, 1)] for image in images]
-    assert all(near < 45 and near < far for near, far in distances), distances

@@ -19,9 +19,8 @@ def test_frechet_closed_forms():
     """Between N(m, s^2 I) and N(0, I) it is |m|^2 + d (s - 1)^2: exact when one set is a map of
     the other."""
     x = gaussian(2000, 4)
-    x = (x - x.mean(0)) @ torch.linalg.inv(
-        torch.linalg.cholesky(x.T.cov())
-    ).T  # now exactly N(0, I)
+    # Its mean and covariance become exactly those of N(0, I).
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
     shift = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
     assert quality.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
     assert quality.frechet_distance(x, x + shift) == pytest.approx(5.25, rel=1e-6)
@@ -35,9 +34,8 @@ def test_frechet_closed_forms():
 def test_classes():
     even, one = torch.arange(1000) % 10, torch.full((1000,), 3)
     assert quality.classes_covered(even, 10) == 10 and quality.classes_covered(one, 10) == 1
-    few = torch.cat(
-        [torch.zeros(991), torch.ones(9)]
-    ).long()  # 0.9 % is less than a tenth of a share
+    # 0.9% is less than a tenth of an equal share.
+    few = torch.cat([torch.zeros(991), torch.ones(9)]).long()
     assert quality.classes_covered(few, 10) == 1
 
 
@@ -46,9 +44,8 @@ def test_precision_and_recall():
     assert quality.precision_recall(x, x) == (1, 1)
     assert quality.precision_recall(x, x + 100) == (0, 0)
     both = torch.cat([x, x + 100])
-    precision, recall = quality.precision_recall(
-        both, x
-    )  # one of two modes: all real, half of it covered
+    # One of two modes: all real, half of it covered.
+    precision, recall = quality.precision_recall(both, x)
     assert precision == 1 and recall == pytest.approx(0.5, abs=0.01)
     precision, recall = quality.precision_recall(x, both)
     assert precision == pytest.approx(0.5, abs=0.01) and recall == 1

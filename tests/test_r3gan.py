@@ -3,22 +3,17 @@ schedules."""
 
 import copy
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
-    Convolutions,
-    checkpoint,
     log_rows,
     open_script,
-    picture,
-    picture_folder,
     recorded,
     train,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import r3gan
@@ -47,17 +42,6 @@ def test_losses_compare_pairs():
     assert crossed == pytest.approx((math.log(1 + math.exp(10)) + math.log(1 + math.exp(-10))) / 2)
 
 
-def test_r1_penalty():
-    """||w||^2 for D(x) = wx, for inputs of any shape, with a gradient to D."""
-    for shape in ((5, 2), (5, 3, 4, 4)):
-        w = torch.randn(math.prod(shape[1:]), requires_grad=True)
-        x = torch.randn(shape, requires_grad=True)
-        penalty = r3gan.r1_penalty(x.flatten(1) @ w, x)
-        assert penalty.item() == pytest.approx(w.square().sum().item(), rel=1e-5)
-        (grad,) = torch.autograd.grad(penalty, w)
-        assert torch.allclose(grad, 2 * w, rtol=1e-4)
-
-
 def test_networks_are_linear_at_the_start():
     """Each block ends in weights of 0, and nothing normalises or bounds."""
     G, D = networks()
@@ -72,7 +56,8 @@ def test_networks_are_linear_at_the_start():
 
 
 def test_blocks():
-    """Inside, they keep the mean square of x times n_blocks^(-1/2); groups have 16 channels."""
+    """Inside, the mean square of x falls to 1 / n_blocks, as each of two convolutions has a gain of
+    n_blocks^(-1/4); groups have 16 channels."""
     torch.manual_seed(0)
     block = r3gan.Block(64, n_blocks=8)
     first, _, grouped, _, last = block.f
@@ -80,8 +65,7 @@ def test_blocks():
     assert not last.weight.any()
     x = torch.randn(8, 64, 16, 16)
     before_last = block.f[:4](x)[:, :, 2:-2, 2:-2]
-    mean_square = before_last.square().mean().item()
-    assert mean_square == pytest.approx(1.04 / 2 * (2 / 1.04) ** 2 * 8**-1 * 1.04 / 2, rel=0.1)
+    assert before_last.square().mean().item() == pytest.approx(1 / 8, rel=0.1)
     assert first.bias is grouped.bias is last.bias is None
     assert [p.shape for p in block.f[1].parameters()] == [(128,)]
 
@@ -98,11 +82,8 @@ def test_published_size():
     assert ours[1] + labels_D == pytest.approx(21.28e6, abs=0.005e6)
 
 
-def test_resampling_keeps_a_constant_and_has_the_filter():
+def test_resampling_has_the_filter():
     up, down = r3gan.Double(), r3gan.Halve()
-    x = torch.ones(1, 2, 8, 8)
-    assert torch.allclose(up(x)[:, :, 1:-1, 1:-1], torch.ones(1, 2, 14, 14))
-    assert torch.allclose(down(x)[:, :, 1:-1, 1:-1], torch.ones(1, 2, 2, 2))
     x = torch.randn(1, 1, 8, 8)
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     kernel = (taps[:, None] * taps).expand(1, 1, 4, 4)
@@ -121,6 +102,18 @@ def test_convolution_in_groups_and_its_derivatives(groups):
     assert torch.equal(r3gan.GroupedConvFunction.apply(*inputs), expected)
     assert torch.autograd.gradcheck(r3gan.GroupedConvFunction.apply, inputs)
     assert torch.autograd.gradgradcheck(r3gan.GroupedConvFunction.apply, inputs)
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions that are computed within it, those of derivatives included."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "convolution" in str(function)
+        return function(*args, **(kwargs or {}))
 
 
 def test_the_penalty_needs_no_more_convolutions_in_a_wider_d():
@@ -152,14 +145,6 @@ def test_both_penalties_at_every_step(monkeypatch):
         loss_D = run.update(0.05)["loss_D"].item()
         assert loss_D == pytest.approx(3 + 0.05 / 2 * (1 + 2))
         assert torch.equal(calls[0], real[2 * step][0]) and torch.equal(calls[1], fakes[2 * step])
-
-
-def test_the_penalties_train_D():
-    weights = []
-    for run, gamma in (("with", 1), ("without", 0)):
-        train("r3gan", run, "--steps", 2, "--gamma", gamma, "--gamma-end", gamma, "--lr", 0.01)
-        weights.append(checkpoint(run)["state"]["D"]["basis"])
-    assert not torch.equal(*weights)
 
 
 def test_G_learns_from_real_images_of_its_own(monkeypatch):
@@ -202,11 +187,12 @@ def test_what_changes_in_the_course_of_a_run(monkeypatch):
 
     monkeypatch.setattr(runs, "start_run", start_run)
     monkeypatch.setattr(r3gan, "move_average", lambda average, G, beta: averages.append(beta))
-    train("r3gan", "run", "--steps", 8, "--lr", 0.01, "--lr-end", 0.001)
+    flags = ["--lr", 0.01, "--lr-end", 0.001, "--beta2", 0.5, "--beta2-end", 0.7]
+    train("r3gan", "run", "--steps", 8, *flags)
     for rows in seen.values():
         expected = [r3gan.cosine(0.01, 0.001, k / 8) for k in range(8)]
         assert [lr for lr, *_ in rows] == pytest.approx(expected)
-        expected = [r3gan.cosine(0.9, 0.99, k / 8) for k in range(8)]
+        expected = [r3gan.cosine(0.5, 0.7, k / 8) for k in range(8)]
         assert [beta2 for *_, beta2 in rows] == pytest.approx(expected)
         assert all(beta1 == 0 for _, beta1, _ in rows)
     assert averages[-1] == pytest.approx(0.5 ** (1 / 0.16)) and averages[0] < 1e-3
@@ -218,21 +204,3 @@ def test_gamma_changes_too():
     train("r3gan", "falls", "--steps", 6, "--gamma", 1, "--gamma-end", 0.1, "--log-every", 1)
     low, falls = log_rows("low"), log_rows("falls")
     assert low[0] == falls[0] and low[-1]["loss_D"] != falls[-1]["loss_D"]
-
-
-def test_width_must_fit_the_groups(capsys):
-    with pytest.raises(SystemExit):
-        r3gan.parse_args(["--width", "12"])
-    assert "--width is 12, which is not a multiple of 8" in capsys.readouterr().err
-
-
-def test_learns_one_picture():
-    data = picture_folder(Path("pictures"))
-    flags = "--image-size 16 --batch-size 8 --width 8 --z-dim 6 --lr 4e-3 --lr-end 2e-3 --steps 120"
-    r3gan.main(f"--dataset {data} {flags} --save-every 1000 --out-dir run --device cpu".split())
-    G = r3gan.Generator(6, 8, 3, 16)
-    G.load_state_dict(checkpoint("run")["state"]["G"])
-    with torch.no_grad():
-        images = (G(torch.randn(8, 6)).permute(0, 2, 3, 1).numpy() + 1) * 127.5
-    distances = [[np.abs(image - picture(k)).mean() for k in (0, 1)] for image in images]
-    assert all(near < 60 and near < far for near, far in distances), distances

@@ -9,6 +9,7 @@ from helpers import NAMES, ROOT, SCRIPTS, train
 from PIL import Image
 
 import eight_gaussians
+import runs
 
 PAGES = [ROOT / "README.md", ROOT / "docs" / "python.md"]
 
@@ -59,19 +60,20 @@ def test_the_notebook(monkeypatch):
     assert sum("data" in output for output in outputs) == 7 and file.stat().st_size < 2**20
 
 
-def test_commands_have_flags_that_exist():
+def test_commands_have_flags_that_exist(monkeypatch):
     """Every `python <script>.py ...` in README, docs and docstrings is a command that parses."""
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     pages += [ROOT / f"{name}.py" for name in SCRIPTS]
     parsers = {**SCRIPTS, "eight_gaussians": eight_gaussians}
+    # A run to continue or to draw from is not here.
+    monkeypatch.setattr(runs, "parse_with_run", lambda p, argv, args: args)
     commands = set()
     for page in pages:
         commands |= set(re.findall(r"python (\w+)\.py ([^`\n|]*)", page.read_text("utf-8")))
     parsed = 0
     for name, flags in commands:
         argv = flags.split()
-        # A run to continue or to draw from is not here.
-        if name in parsers and not {"--resume", "--generate", "--init", "--help"} & set(argv):
+        if name in parsers and "--help" not in argv:
             parsers[name].parse_args(argv)
             parsed += 1
     assert parsed > 15

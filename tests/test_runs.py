@@ -82,10 +82,7 @@ def test_resume_is_bit_for_bit(name, flags, monkeypatch, capsys):
 
 def test_resume_needs_no_flags():
     """The run's own are the defaults; where things are and how often it saves are free."""
-    train("dcgan", "run", "--steps", 10)
-    SCRIPTS["dcgan"].main(["--out-dir", "run", "--resume", "--device", "cpu", "--steps", "15"])
-    train("dcgan", "whole", "--steps", 15)
-    assert_same_run("run", "whole")
+    train("dcgan", "run", "--steps", 15)
     Path("pictures").rename("moved")
     Path("run").rename("run elsewhere")
     argv = "--dataset moved --data-dir elsewhere --resume --steps 17 --log-every 1 --save-every 2"
@@ -118,8 +115,6 @@ def test_a_run_survives_a_new_flag():
     train("gan", "run", "--steps", 10, "--resume")
     assert checkpoint("run")["args"]["saturating"] is False
     assert "gone" not in checkpoint("run")["args"]
-    train("gan", "whole", "--steps", 10)
-    assert same(checkpoint("run")["state"], checkpoint("whole")["state"])
 
 
 def test_a_typed_flag_wins_and_is_said(capsys):
@@ -165,15 +160,16 @@ def test_on_cuda_optimisers_count_their_steps_on_the_gpu(device):
 
 
 def test_resume_from_another_kind_of_device():
-    """The optimisers run as they do here, and the run goes on with the same random numbers."""
+    """The optimisers run as they do here."""
     train("dcgan", "run", "--steps", 5)
     saved = checkpoint("run")
     for optimiser in ("opt_G", "opt_D"):
         saved["state"][optimiser]["param_groups"][0]["capturable"] = True
     torch.save(saved, "run/checkpoint.pt")
     train("dcgan", "run", "--steps", 10, "--resume")
-    train("dcgan", "whole", "--steps", 10)
-    assert same(checkpoint("run")["state"], checkpoint("whole")["state"])
+    for optimiser in ("opt_G", "opt_D"):
+        (group,) = checkpoint("run")["state"][optimiser]["param_groups"]
+        assert group["capturable"] is False
 
 
 def test_resume_drops_the_rows_after_the_checkpoint():
@@ -238,11 +234,11 @@ def test_a_write_that_fails_leaves_the_old_file():
 
 def test_a_write_is_on_the_disk_before_it_replaces_the_file(monkeypatch):
     events, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda f: events.append("fsync") or fsync(f))
+    monkeypatch.setattr(os, "fsync", lambda f: events.append(os.fstat(f).st_size) or fsync(f))
     monkeypatch.setattr(os, "replace", lambda *files: events.append("replace") or replace(*files))
     with runs.atomic_write(Path("file")) as f:
         f.write(b"new")
-    assert events == ["fsync", "replace"]
+    assert events == [3, "replace"], "all three bytes"
 
 
 def test_overwrite_deletes_the_files_of_the_run_and_no_others(monkeypatch):
@@ -356,18 +352,13 @@ def test_generate_one_label():
         SCRIPTS["cgan"].parse_args(["--label", "1"])
 
 
-def test_generated_classes_take_turns_across_batches_of_100():
-    train("cgan", "run", "--steps", 1, data=picture_folder(Path("three"), (0, 1, 2), classes=True))
-    assert list(generate("cgan", 103)) == [f"{i:06d}_class{i % 3}.png" for i in range(103)]
-
-
 def test_file_names_have_the_names_of_numbered_classes():
+    """They take turns, also across batches of 100."""
     for name in ("1", "2", "10"):
         picture_folder(Path("numbers", name))
     train("cgan", "run", "--steps", 1, data="numbers")
-    assert list(generate("cgan", 4)) == [
-        f"{i:06d}_class{n}.png" for i, n in enumerate([1, 2, 10, 1])
-    ]
+    expected = [f"{i:06d}_class{(1, 2, 10)[i % 3]}.png" for i in range(103)]
+    assert list(generate("cgan", 103)) == expected
     assert list(generate("cgan", 1, "--label", 10)) == ["000000_class10.png"]
 
 

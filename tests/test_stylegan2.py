@@ -2,25 +2,20 @@
 picture."""
 
 import copy
+import math
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
     changed,
     checkpoint,
-    first_image,
     log_rows,
     open_script,
-    picture,
-    picture_folder,
     recorded,
     snapshot,
     train,
 )
-from PIL import Image
 from torch import nn
 from torch.nn.functional import conv2d, conv_transpose2d
 
@@ -48,11 +43,14 @@ def test_modulation_is_that_of_the_paper():
     assert torch.allclose(plain(x, w), expected.reshape(3, 3, 8, 8), atol=1e-5)
 
 
-def test_demodulation_keeps_the_variance():
-    torch.manual_seed(0)
-    conv = stylegan2.ModulatedConv(64, 64, 3, w_dim=16)
-    y = conv(torch.randn(8, 64, 16, 16), 5 * torch.randn(8, 16))
-    assert y[:, :, 4:-4, 4:-4].var().item() == pytest.approx(1, rel=0.05)
+@pytest.mark.parametrize("up", [False, True])
+def test_demodulation_takes_the_scale_of_the_weights_away(up):
+    conv = stylegan2.ModulatedConv(6, 5, 3, w_dim=4, up=up)
+    x, w = torch.randn(3, 6, 8, 8), torch.randn(3, 4)
+    before = conv(x, w)
+    with torch.no_grad():
+        conv.weight *= 3
+    assert torch.allclose(conv(x, w), before, atol=1e-4)
 
 
 def test_doubling_keeps_the_mean():
@@ -98,8 +96,8 @@ def test_each_layer_has_its_style():
 
 
 def test_filters():
-    """The blur is a convolution with [1, 3, 3, 1] / 8 in both directions; enlarging repeats no
-    edges, and keeps a constant picture inside."""
+    """The blur is a convolution with [1, 3, 3, 1] / 8 in both directions; enlarging is the
+    transposed one, with a step of 2."""
     x = torch.randn(2, 3, 8, 8)
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     kernel = (taps[:, None] * taps).expand(3, 1, 4, 4)
@@ -108,9 +106,6 @@ def test_filters():
         assert torch.allclose(stylegan2.blur(x, padding), expected, atol=1e-6)
     doubled = conv_transpose2d(x, 4 * kernel, stride=2, padding=1, groups=3)
     assert torch.allclose(stylegan2.enlarge(x), doubled, atol=1e-6)
-    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
-    inner = stylegan2.enlarge(ramp)[0, 0, 8, 2:-2]
-    assert torch.allclose(inner.diff(), torch.tensor(0.5)), "linear between pixels"
 
 
 def test_noise():
@@ -167,10 +162,13 @@ def test_channels():
 
 
 def test_minibatch_deviation():
+    """One number for each group, as one more channel."""
+
     def deviation(x, group):
         return stylegan2.MinibatchDeviation(group)(x)[:, 3:]
 
     x = torch.randn(6, 3, 4, 4)
+    assert torch.equal(stylegan2.MinibatchDeviation(3)(x)[:, :3], x)
     y = deviation(x, group=3)
     assert y.shape == (6, 1, 4, 4)
     for first in (0, 1):
@@ -178,6 +176,8 @@ def test_minibatch_deviation():
         expected = members.std(0, correction=0).mean().item()
         for i in (first, first + 2, first + 4):
             assert y[i].flatten().tolist() == pytest.approx([expected] * 16, rel=1e-4)
+    whole = x.std(0, correction=0).mean()
+    assert torch.allclose(deviation(x, group=math.inf), whole.expand(6, 1, 4, 4), rtol=1e-4)
     assert deviation(torch.zeros(4, 3, 4, 4), group=32).abs().max() < 1e-3
     x = torch.randn(7, 3, 4, 4)
     whole = deviation(x, group=4)
@@ -192,21 +192,11 @@ def test_D_compares_the_images_of_a_batch():
 
 def test_lazy_adam():
     """Rate times c and betas to the c: c = 16/17 for D, 4/5 for G."""
-    run = open_script("stylegan2", "--lr", 0.01, "--beta1", 0.5)
+    run = open_script("stylegan2", "--lr", 0.01, "--beta1", 0.5, "--beta2", 0.9)
     for opt, c in ((run.opt_D, 16 / 17), (run.opt_G, 4 / 5)):
         group = opt.param_groups[0]
         assert group["lr"] == pytest.approx(0.01 * c)
-        assert group["betas"] == pytest.approx((0.5**c, 0.99**c))
-
-
-def test_r1():
-    """E||grad D||^2 = ||w||^2 for D(x) = wx."""
-    w = torch.randn(3 * 16 * 16, requires_grad=True)
-    x = torch.randn(5, 3, 16, 16, requires_grad=True)
-    penalty = stylegan2.r1_penalty(x.flatten(1) @ w, x)
-    assert penalty.item() == pytest.approx(w.detach().square().sum().item(), rel=1e-4)
-    penalty.backward()
-    assert torch.allclose(w.grad, 2 * w.detach(), rtol=1e-4)
+        assert group["betas"] == pytest.approx((0.5**c, 0.9**c))
 
 
 def test_the_average_has_a_half_life_in_images(monkeypatch):
@@ -250,31 +240,6 @@ def test_the_penalty_comes_after_every_16th_update(monkeypatch):
     assert batches == [5, 10]
 
 
-def test_the_average_draws_the_images():
-    train("stylegan2", "run", "--steps", 6, "--lr", 0.02)
-    saved = checkpoint("run")["state"]
-    grids = {}
-    for part in ("average", "G"):
-        G = stylegan2.Generator(6, 8, 3, 16)
-        G.load_state_dict(saved[part])
-        with torch.no_grad():
-            grids[part] = G.eval()(saved["fixed_z"])
-    drawn = first_image("run", 6)
-    for part, close in (("average", True), ("G", False)):
-        difference = grids[part][0].clamp(-1, 1) - drawn
-        assert (difference.abs().max() < 0.015) == close, part
-
-
-def test_init_replaces_the_average_too():
-    train("stylegan2", "first", "--steps", 6, "--lr", 0.02)
-    train("stylegan2", "second", "--steps", 1, "--init", "first/checkpoint.pt")
-    G = stylegan2.Generator(6, 8, 3, 16).eval()
-    G.load_state_dict(checkpoint("first")["state"]["G"])
-    with torch.no_grad():
-        image = G(checkpoint("second")["state"]["fixed_z"])[0].clamp(-1, 1)
-    assert (first_image("second", 0) - image).abs().max() < 0.015
-
-
 def test_truncation(monkeypatch):
     """w = mean + truncation (w - mean), with the average of G and its mapping, which differs here
     from that of G."""
@@ -301,13 +266,3 @@ def test_truncation(monkeypatch):
     assert torch.allclose(none, mean_w.expand(4, -1), atol=0.05)
     assert torch.allclose(half, (none + whole) / 2, atol=1e-5)
     assert whole.std(0).max() > 0.1
-
-
-def test_learns_one_picture():
-    data, run = picture_folder(Path("pictures")), "--out-dir run --device cpu"
-    quick = "--image-size 16 --batch-size 4 --width-at-64 2 --z-dim 16 --lr 2e-2 --steps 100"
-    stylegan2.main(f"--dataset {data} {quick} --save-every 1000 {run}".split())
-    stylegan2.main(f"--generate 4 {run}".split())
-    for file in Path("run", "generated").iterdir():
-        distance = [np.abs(np.asarray(Image.open(file), float) - picture(k)).mean() for k in (0, 1)]
-        assert distance[0] < 45 and distance[0] < distance[1], f"{file}: {distance}"

@@ -1,8 +1,6 @@
 """Each trick of tricks.py against a closed form, in the run it is part of, and on one picture."""
 
 import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +9,12 @@ from helpers import (
     checkpoint,
     open_script,
     picture,
-    picture_folder,
     recorded,
     train,
 )
-from PIL import Image
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-import common
 import runs
 import tricks
 
@@ -67,19 +62,22 @@ def test_labels_are_smoothed_and_flipped_in_the_loss_of_D_alone(monkeypatch):
 def seen_by_D(monkeypatch, *flags):
     """What D got in a run, three batches in each step, and what G made, two in each."""
     seen, made = [], []
-    for module in (tricks.Discriminator, tricks.Generator):
+    D_forward, G_forward = tricks.Discriminator.forward, tricks.Generator.forward
 
-        def watched(self, x, forward=module.forward):
-            y = forward(self, x)
-            if self.training:
-                (seen if isinstance(self, tricks.Discriminator) else made).append(
-                    (x, y.detach().clone())
-                )
-            return y
+    def watched_D(D, x):
+        seen.append(x.detach())
+        return D_forward(D, x)
 
-        monkeypatch.setattr(module, "forward", watched)
+    def watched_G(G, z):
+        x = G_forward(G, z)
+        if G.training:
+            made.append(x.detach().clone())
+        return x
+
+    monkeypatch.setattr(tricks.Discriminator, "forward", watched_D)
+    monkeypatch.setattr(tricks.Generator, "forward", watched_G)
     train("tricks", "seen", "--batch-size", 32, *flags)
-    return [x.detach() for x, _ in seen], [y for _, y in made]
+    return seen, made
 
 
 def test_noise_fades_to_0_on_all_that_D_sees(monkeypatch):
@@ -187,32 +185,27 @@ def test_minibatch_discrimination():
 
 
 def test_r1(monkeypatch):
-    """E||grad D||^2 = ||w||^2 for D(x) = wx; gamma / 2 of it in loss_D, at real images; no batch
-    norm, He."""
-    w = torch.randn(3 * 16 * 16, requires_grad=True)
-    x = torch.randn(5, 3, 16, 16, requires_grad=True)
-    penalty = tricks.r1_penalty(x.flatten(1) @ w, x)
-    assert penalty.item() == pytest.approx(w.detach().square().sum().item(), rel=1e-4)
-    penalty.backward()
-    assert torch.allclose(w.grad, 2 * w.detach(), rtol=1e-4)
+    """gamma / 2 of the penalty in loss_D, at real images; no batch norm, He."""
     run, at = open_script("tricks", "--r1", 3, "--diffaug", "color"), []
     assert not any(isinstance(m, nn.BatchNorm2d) for m in run.D.modules())
     he = (2 / 1.04 / (8 * 16)) ** 0.5
     assert run.D.net[2].weight.std().item() == pytest.approx(he, rel=0.1)
-    d_loss, shown = tricks.d_loss, []
 
-    def r1_penalty(d_real, x):
-        torch.autograd.grad(d_real.sum(), x, retain_graph=True)  # they are those of these images
-        at.append(x)
+    def r1_penalty(d_real, x_real):
+        at.append((d_real, x_real))
         return torch.tensor(5.0)
 
+    d_loss = tricks.d_loss
     monkeypatch.setattr(tricks, "r1_penalty", r1_penalty)
     monkeypatch.setattr(tricks, "d_loss", lambda *a: d_loss(*a) * 0)
-    monkeypatch.setattr(tricks, "diffaug", lambda x, policy: shown.append(x) or x)
     real = recorded(monkeypatch, "sample_batch")
+    augmented = recorded(monkeypatch, "diffaug", tricks)
+    passes = []
+    run.D.register_forward_hook(lambda m, inputs, scores: passes.append((inputs[0], scores)))
     assert run.update()["loss_D"].item() == 7.5
-    assert torch.equal(at[0], real[0][0])
-    assert [x is real[0][0] for x in shown] == [True, False, False], "D sees it augmented"
+    ((d_real, x_real),) = at
+    assert x_real is real[0][0]
+    assert passes[0][0] is augmented[0] and passes[0][1] is d_real, "D sees it augmented"
 
 
 def test_move_average():
@@ -231,7 +224,7 @@ def test_move_average():
         assert torch.allclose(v, G.state_dict()[k], atol=1e-7)
 
 
-def test_the_average_moves_in_each_step_and_draws_the_images(monkeypatch):
+def test_the_average_moves_in_each_step(monkeypatch):
     """By hand from G's weights of all steps; it begins as G, and its decay grows up to --ema."""
     moved, move_average = [], tricks.move_average
 
@@ -247,26 +240,6 @@ def test_the_average_moves_in_each_step_and_draws_the_images(monkeypatch):
         expected = beta * expected + (1 - beta) * weight
     saved = checkpoint("run")["state"]
     assert torch.allclose(saved["average"]["net.0.weight"], expected, atol=1e-6)
-
-    grids = {}
-    for part in ("average", "G"):
-        drawn = tricks.Generator(6, 8, 3, 16)
-        drawn.load_state_dict(saved[part])
-        with torch.no_grad():
-            x = drawn.eval()(saved["fixed_z"])
-        common.save_grid(SimpleNamespace(out_dir=part, tensorboard=False), 6, x)
-    for part in ("run", "average", "G"):
-        grids[part] = np.asarray(Image.open(Path(part, "samples", "000006.png")), int)
-    assert np.abs(grids["run"] - grids["average"]).max() <= 1
-    assert np.abs(grids["run"] - grids["G"]).max() > 3
-
-
-def test_the_average_begins_as_the_G_of_init():
-    train("tricks", "first", "--steps", 5)
-    for run, flags in (("without", []), ("with", ["--ema", 0.9])):
-        train("tricks", run, "--steps", 1, "--init", "first/checkpoint.pt", *flags)
-    grids = [Path(run, "samples", "000000.png").read_bytes() for run in ("without", "with")]
-    assert grids[0] == grids[1]
 
 
 def test_the_pool_begins_with_images_of_the_G_of_init(monkeypatch):
@@ -346,30 +319,15 @@ def test_diffaug_draws_anew_for_each_image_in_its_ranges(monkeypatch):
 
 
 def test_the_policy_of_diffaug(monkeypatch):
-    x = torch.randn(4, 3, 16, 16)
+    x = torch.zeros(4, 3, 16, 16)
     assert tricks.diffaug(x, []) is x
-    for name in POLICY.split():
-        with monkeypatch.context() as m:
-            m.setattr(tricks, name, lambda x: x + 2)
-            others = [other for other in POLICY.split() if other != name]
-            assert torch.equal(tricks.diffaug(x, [name]), x + 2)
-            for other in others:
-                m.setattr(tricks, other, lambda x: x)
-            assert torch.equal(tricks.diffaug(x, others), x)
+    for number, name in ((1, "color"), (10, "translation"), (100, "cutout")):
+        monkeypatch.setattr(tricks, name, lambda x, number=number: x + number)
+    for policy, total in (("color", 1), ("translation", 10), ("cutout", 100), (POLICY, 111)):
+        assert (tricks.diffaug(x, policy.split()) == total).all()
 
 
 def test_all_that_D_sees_is_augmented(monkeypatch):
     seen, _ = seen_by_D(monkeypatch, "--diffaug", "cutout", "--steps", 1)
     assert len(seen) == 3
     assert all((image == 0).all(1).any((1, 2)).all() for image in seen)
-
-
-@pytest.mark.parametrize("trick", ["feature-matching", f"diffaug {POLICY}"])
-def test_learns_one_picture(trick):
-    data, run = picture_folder(Path("pictures")), "--out-dir run --device cpu"
-    quick = "--image-size 16 --batch-size 8 --width 16 --lr 1e-3 --steps 110 --save-every 1000"
-    tricks.main(f"--dataset {data} {quick} --{trick} {run}".split())
-    tricks.main(f"--generate 4 {run}".split())
-    for file in Path("run", "generated").iterdir():
-        distance = [np.abs(np.asarray(Image.open(file), float) - picture(k)).mean() for k in (0, 1)]
-        assert distance[0] < 45 and distance[0] < distance[1], f"{file}: {distance}"
