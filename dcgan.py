@@ -148,8 +148,8 @@ def main(argv=None):
 
     def update():
         """One step: n_critic updates of D, each on its own minibatch, then one of G."""
-        # D: minimise d_loss, with G fixed. Real and fake images pass D separately, because batch
-        # norm must not mix them.
+        # D: minimise d_loss, with G fixed. Real and fake images go through D separately, because
+        # batch norm must not mix them.
         D.requires_grad_(True)
         for _ in range(args.n_critic):
             x_real, _ = common.sample_batch(args, data)

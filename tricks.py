@@ -345,8 +345,8 @@ def main(argv=None):
 
     def update():
         """One step: n_critic updates of D, each on its own minibatch, then one of G."""
-        # D: minimise d_loss, with G fixed. Real and fake images pass D separately, because batch
-        # norm must not mix them.
+        # D: minimise d_loss, with G fixed. Real and fake images go through D separately, because
+        # batch norm must not mix them.
         D.requires_grad_(True)
         for _ in range(args.n_critic):
             x_real, _ = common.sample_batch(args, data)
@@ -355,7 +355,7 @@ def main(argv=None):
             x_real.requires_grad_(args.r1 > 0)
             d_real = D(augment(x_real))
             if args.replay:
-                # Old and new fakes pass D separately, too.
+                # Old and new fakes go through D separately, too.
                 old, new = swap_with_pool(pool, x_fake)
                 d_fake = torch.cat([D(augment(old)), D(augment(new))])
             else:

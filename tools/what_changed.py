@@ -52,7 +52,7 @@ number, because a 7 is not more of anything than a 3.
 
 dcgan lsgan: Cross entropy has hardly any gradient left for a fake that D already takes for real,
 however far it is from the data; squared distances to target scores pull on every fake. The targets
-are a choice: with -1, 1 and 0 instead of 0, 1 and 1, G minimises a chi-squared divergence.
+are a choice: with a, b, c = -1, 1, 0 instead of 0, 1, 1, G minimises a chi-squared divergence.
 
 dcgan wgan: Where real and generated images hardly overlap, a D that tells them apart perfectly
 gives G no useful gradient. If D's slope is bounded (here by clipping its weights), D estimates the
@@ -63,12 +63,13 @@ generated images, so a penalty asks for that slope at random points between the 
 weights are free.
 
 dcgan sngan: A layer is at most as steep as its largest singular value. Dividing each weight by an
-estimate of it bounds how steep D can be everywhere, at hardly any cost and with no second gradient.
+estimate of it bounds how steep D can be everywhere, at hardly any cost, without the gradient
+of a gradient that a penalty needs.
 The hinge loss leaves images alone that D already scores well, so that D works on the others.
 
 gan ssgan: A classifier with few labels can also learn from images without labels: each real image
-belongs to some class, each fake to none. G does not try to fool D here: it matches D's features
-on average.
+belongs to some class, each fake to none. G does not try to fool D here: it
+makes the mean of D's features on fakes equal to the mean on real images.
 
 cgan stacked_gan: The features of a classifier lie between a label and an image. One GAN draws them
 from the label, another draws the image from them, and each has an easier task. The classifier tells
@@ -85,17 +86,17 @@ keeps D from wasting effort on fakes that it already reconstructs badly. G's pul
 the codes of different fakes point in different directions, so that they are not all one image.
 
 ebgan began: A margin has to be chosen for the data, and what suits the start of a run may not suit
-its end. BEGAN compares the distributions of D's errors on real and on generated images, and adjusts
-a weight k, so that the second mean stays a fixed share gamma of the first. A smaller gamma lets G
-draw only what is easy, so it trades diversity for quality.
+its end. BEGAN compares the distributions of D's errors on real and on generated images. It adjusts
+a weight k to keep the mean error on generated images at gamma times that on real ones. A smaller
+gamma lets G draw only what is easy, so it trades diversity for quality.
 
 wgan_gp progan: Large structures are easier to learn than fine detail. Networks that begin with 4x4
 images and grow learn them in this order.
 
-stylegan2 r3gan: A loss on pairs asks D which of two images looks more real, so that G cannot please
-D with a few images for all of the data. Alone it need not converge; with a penalty on D's slope at
-real images and at fakes (R1 and R2), the paper proves local convergence. Then the tricks of
-StyleGAN2 can go, and both networks become plain residual ones.
+stylegan2 r3gan: A loss on pairs asks D which of two images looks more real, so G cannot win by
+drawing only a few kinds of images. On its own, this loss may not converge; with a penalty on D's
+slope at real images and at fakes (R1 and R2), the paper proves local convergence. Then the tricks
+of StyleGAN2 can go, and both networks become plain residual ones.
 
 progan stylegan: z need not be the input of the first layer. A mapping turns it into w, and w sets
 the mean and the scale of every feature in every layer: a style for each size. z is a round cloud,
