@@ -239,6 +239,7 @@ def train(name, args):
             x_real = real_points(args.batch_size, centres)
             with torch.no_grad():
                 x_fake = G(noise(args.batch_size))
+            # R1 and R2 need the gradients at the points.
             x_real.requires_grad_()
             x_fake.requires_grad_()
             d_real, d_fake = D(x_real), D(x_fake)

@@ -285,6 +285,7 @@ def main(argv=None):
         x_real, _ = common.sample_batch(args, data)
         with torch.no_grad():
             x_fake = G(noise(args.batch_size))
+        # R1 and R2 need the gradients at the images.
         x_real.requires_grad_()
         x_fake.requires_grad_()
         d_real, d_fake = D(x_real), D(x_fake)

@@ -196,7 +196,7 @@ class Generator(nn.Module):
         if w.ndim == 2:
             w = w[:, None].expand(-1, 2 * stage + 2, -1)
 
-        # The layers before the stage, and its own, which are two.
+        # The layers of earlier stages, and then the two of this stage.
         x = self.constant.expand(len(w), -1, -1, -1)
         for k in range(2 * stage):
             x = self.layers[k](x, w[:, k])
@@ -393,7 +393,7 @@ def main(argv=None):
             x_real = reals_at(x_real, stage, fade)
             with torch.no_grad():
                 x_fake = fakes(stage, fade)
-            x_real.requires_grad_()
+            x_real.requires_grad_()  # for R1, the gradient at the images
             d_real, d_fake = D(x_real, stage, fade), D(x_fake, stage, fade)
             loss_D = d_loss(d_real, d_fake) + args.r1 / 2 * r1_penalty(d_real, x_real)
             opt_D.zero_grad()

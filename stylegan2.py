@@ -406,7 +406,7 @@ def main(argv=None):
         only one update in R1_EVERY is followed by this one."""
         D.requires_grad_(True)
         x_real, _ = common.sample_batch(args, data)
-        x_real.requires_grad_()
+        x_real.requires_grad_()  # for R1, the gradient at the images
         penalty = r1_penalty(D(x_real), x_real)
         opt_D.zero_grad()
         (R1_EVERY * args.r1 / 2 * penalty).backward()

@@ -352,7 +352,7 @@ def main(argv=None):
             x_real, _ = common.sample_batch(args, data)
             with torch.no_grad():
                 x_fake = G(noise(args.batch_size))
-            x_real.requires_grad_(args.r1 > 0)
+            x_real.requires_grad_(args.r1 > 0)  # for R1, the gradient at the images
             d_real = D(augment(x_real))
             if args.replay:
                 # Old and new fakes go through D separately, too.

@@ -26,9 +26,10 @@ import ssgan
 
 
 def test_labelled_loss():
-    """ln 10 for ten logits of 0."""
-    loss = ssgan.d_loss_labelled(torch.zeros(6, 10), torch.arange(6))
-    assert loss.item() == pytest.approx(math.log(10))
+    """-l_y + log sum_k exp(l_k): here l_y is 2, and the nine others are 0."""
+    y = torch.arange(6)
+    loss = ssgan.d_loss_labelled(2 * torch.eye(10)[y], y)
+    assert loss.item() == pytest.approx(-2 + math.log(math.exp(2) + 9))
 
 
 def test_unlabelled_loss():
