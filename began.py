@@ -24,7 +24,7 @@ steps, not when M no longer falls; no skip connections.
 
 A run on MNIST, scored in docs/results.md:
 
-    python began.py --width 8 --lr 4e-4 --gamma 2 --halve-every 3000 --steps 18000
+    python began.py --width 8 --lr 4e-4 --gamma 2 --halve-every 3000 --steps 14500
 """
 
 import math

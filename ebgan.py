@@ -20,7 +20,7 @@ range.
 
 A run on MNIST, scored in docs/results.md:
 
-    python ebgan.py --width 16 --steps 12000
+    python ebgan.py --width 16 --steps 10500
 """
 
 from argparse import ArgumentParser

@@ -14,7 +14,7 @@ Deviations from it (more in docs/papers.md):
 
 A run on MNIST, scored in docs/results.md:
 
-    python gan.py --width 800 --steps 19000
+    python gan.py --width 800 --steps 18700
 """
 
 from argparse import ArgumentParser

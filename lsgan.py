@@ -12,7 +12,7 @@ Deviation from the paper (more in docs/papers.md): dcgan.py's networks at 32x32;
 
 A run on MNIST, scored in docs/results.md:
 
-    python lsgan.py --width 16 --lr 1e-3 --batch-size 128 --steps 9000
+    python lsgan.py --width 16 --lr 1e-3 --batch-size 128 --steps 9400
 """
 
 from argparse import ArgumentParser

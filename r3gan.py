@@ -1,4 +1,4 @@
-"""R3GAN: a plain ResNet, a loss on pairs of real and generated images, and two gradient penalties.
+r"""R3GAN: a plain ResNet, a loss on pairs of real and generated images, and two gradient penalties.
 
 Huang et al. 2024, The GAN is dead; long live the GAN! A Modern Baseline GAN.
 https://arxiv.org/abs/2501.05441
@@ -21,7 +21,8 @@ not 512; no labels, no augmentation, no bfloat16; the schedules span --steps.
 
 A run on MNIST, scored in docs/results.md:
 
-    python r3gan.py --width 16 --batch-size 8 --lr 1e-3 --lr-end 2e-4 --gamma 10 --gamma-end 1
+    python r3gan.py --width 16 --batch-size 8 --lr 2e-3 --lr-end 4e-4 --gamma 10 --gamma-end 1 \
+        --steps 3900
 """
 
 import copy

@@ -14,7 +14,7 @@ update; batch norm after G's dense layer; no decay of the learning rate.
 
 A run on MNIST, scored in docs/results.md:
 
-    python sngan.py --width 16 --lr 1e-3 --beta1 0 --beta2 0.9 --steps 4800
+    python sngan.py --width 16 --lr 1e-3 --beta1 0 --beta2 0.9 --steps 4100
 """
 
 from argparse import ArgumentParser

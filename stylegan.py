@@ -1,4 +1,4 @@
-"""StyleGAN: G draws with styles, which are computed from z and set each feature's mean and scale.
+r"""StyleGAN: G draws with styles, which are computed from z and set each feature's mean and scale.
 
 Karras, Laine, Aila 2018, A Style-Based Generator Architecture for Generative Adversarial Networks.
 https://arxiv.org/abs/1812.04948
@@ -19,7 +19,8 @@ same at all sizes.
 
 A run on MNIST, scored in docs/results.md:
 
-    python stylegan.py --width 16 --z-dim 64 --batch-size 16 --lr 6e-3 --stage-steps 1000
+    python stylegan.py --width 16 --z-dim 64 --batch-size 16 --lr 6e-3 --stage-steps 500 \
+        --steps 8200
 """
 
 import copy

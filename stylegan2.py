@@ -21,7 +21,7 @@ On MNIST, where G collapses with the default --r1, use --r1 10.
 
 A run on MNIST, scored in docs/results.md:
 
-    python stylegan2.py --width-at-64 4 --z-dim 64 --batch-size 16 --r1 10 --steps 12000
+    python stylegan2.py --width-at-64 4 --batch-size 16 --r1 10 --lr 5e-3 --steps 11000
 """
 
 import copy

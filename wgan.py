@@ -13,7 +13,7 @@ authors' code does otherwise is in docs/papers.md.
 
 A run on MNIST, scored in docs/results.md:
 
-    python wgan.py --width 32 --z-dim 32 --lr 5e-4 --clip 0.03 --n-critic 1 --steps 8000
+    python wgan.py --width 32 --z-dim 32 --lr 5e-4 --clip 0.03 --n-critic 1 --steps 7300
 """
 
 from argparse import ArgumentParser

@@ -15,7 +15,7 @@ Deviations from the paper (more in docs/papers.md):
 
 A run on MNIST, scored in docs/results.md:
 
-    python wgan_gp.py --width 16 --lr 1e-3 --batch-size 32 --n-critic 2 --beta1 0 --steps 15000
+    python wgan_gp.py --width 16 --lr 1e-3 --batch-size 32 --n-critic 2 --beta1 0 --steps 12900
 """
 
 from argparse import ArgumentParser

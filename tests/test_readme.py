@@ -60,6 +60,11 @@ def test_the_notebook(monkeypatch):
     assert sum("data" in output for output in outputs) == 7 and file.stat().st_size < 2**20
 
 
+def with_joined_lines(file):
+    """The text of a file; a line that ends with a backslash is joined to the next one."""
+    return re.sub(r" \\\n +", " ", file.read_text("utf-8"))
+
+
 def test_commands_have_flags_that_exist(monkeypatch):
     """Every `python <script>.py ...` in README, docs and docstrings is a command that parses."""
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
@@ -69,7 +74,7 @@ def test_commands_have_flags_that_exist(monkeypatch):
     monkeypatch.setattr(runs, "parse_with_run", lambda p, argv, args: args)
     commands = set()
     for page in pages:
-        commands |= set(re.findall(r"python (\w+)\.py ([^`\n|]*)", page.read_text("utf-8")))
+        commands |= set(re.findall(r"python (\w+)\.py ([^`\n|]*)", with_joined_lines(page)))
     parsed = 0
     for name, flags in commands:
         argv = flags.split()
@@ -77,6 +82,14 @@ def test_commands_have_flags_that_exist(monkeypatch):
             parsers[name].parse_args(argv)
             parsed += 1
     assert parsed > 15
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_command_of_the_docstring_is_scored_in_docs(name):
+    """It stands below "scored in docs/<page>:", and word for word on that page."""
+    text = with_joined_lines(ROOT / f"{name}.py")
+    page, command = re.search(r"scored in (docs/\S+\.md):\n\n +(python .*)\n", text).groups()
+    assert re.search(re.escape(command) + r"\b", (ROOT / page).read_text("utf-8"))
 
 
 def anchors(page):
