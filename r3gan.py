@@ -9,7 +9,7 @@ https://arxiv.org/abs/2501.05441
 
 Each real image is paired with the generated image at the same place in the batch, and D is asked
 which of the two looks more real. Only the difference of their scores matters. Together, R1 and R2
-make D flat around both kinds of images; the paper proves that training then converges locally.
+make D flat around both kinds of images; the paper proves local convergence with either of them.
 
 Differs from stylegan2.py in: pairs in both losses; R2 beside R1, both at every step; residual
 networks, without normalisation, styles, noise, minibatch deviation and images at the smaller sizes;

@@ -56,7 +56,7 @@ are a choice: with a, b, c = -1, 1, 0 instead of 0, 1, 1, G minimises a chi-squa
 
 dcgan wgan: Where real and generated images hardly overlap, a D that tells them apart perfectly
 gives G no useful gradient. If D's slope is bounded (here by clipping its weights), D estimates the
-distance between the two, up to a factor, and always gives G a gradient.
+Wasserstein distance between the two, up to a factor, and always gives G a gradient.
 
 wgan wgan_gp: Clipping limits what D can represent. The best D has a slope of 1 between real and
 generated images, so a penalty asks for that slope at random points between the two (x_hat), and the
@@ -80,10 +80,11 @@ dcgan stylegan2: z need not be the input of the first layer of G. StyleGAN2 comp
 it, which says in each layer how strong each feature is. The input of the first layer is a learnt
 constant.
 
-dcgan ebgan: From a classifier, G gets one number per image to learn from; from an autoencoder, one
-per pixel. D learns to reconstruct real images, and G to draw images that D reconstructs. A margin
-keeps D from wasting effort on fakes that it already reconstructs badly. G's pulling-away term makes
-the codes of different fakes point in different directions, so that they are not all one image.
+dcgan ebgan: A classifier learns from two targets, real and fake. An autoencoder has a target for
+every pixel, so D learns more from each image. It learns to reconstruct real images, and G to draw
+images that D reconstructs. A margin keeps D from wasting effort on fakes that it already
+reconstructs badly. G's pulling-away term makes the codes of different fakes point in different
+directions, so that they are not all one image.
 
 ebgan began: A margin has to be chosen for the data, and what suits the start of a run may not suit
 its end. BEGAN compares the distributions of D's errors on real and on generated images. It adjusts
@@ -93,9 +94,10 @@ gamma lets G draw only what is easy, so it trades diversity for quality.
 wgan_gp progan: Large structures are easier to learn than fine detail. Networks that begin with 4x4
 images and grow learn them in this order.
 
-stylegan2 r3gan: A loss on pairs asks D which of two images looks more real, so G cannot win by
-drawing only a few kinds of images. On its own, this loss may not converge; with a penalty on D's
-slope at real images and at fakes (R1 and R2), the paper proves local convergence. Then the tricks
+stylegan2 r3gan: A loss on pairs asks D which of two images looks more real. In theory, this leaves
+no local minimum in which G draws only a few kinds of images (Sun et al. 2020, 2011.04926). On its
+own, the loss may not converge. The paper proves local convergence with a penalty on D's slope at
+real images (R1) or at fakes (R2), and uses both, as training failed with R1 alone. Then the tricks
 of StyleGAN2 can go, and both networks become plain residual ones.
 
 progan stylegan: z need not be the input of the first layer. A mapping turns it into w, and w sets
@@ -126,8 +128,8 @@ images as batch norm does.
 wgan_gp progan, Minibatch deviation (MinibatchDeviation): D sees how much the images of a batch
 differ. If G draws the same image again and again, D can tell, and G has to vary.
 
-wgan_gp progan, Scores near 0 (update): Adding the same number to all scores changes neither loss.
-A small penalty on the squares of D's scores keeps them from drifting away.
+wgan_gp progan, Scores near 0 (update): Adding the same number to all scores changes no gradient,
+so nothing keeps the scores near 0. A small penalty on the squares of real images' scores does.
 
 dcgan stylegan2, Equalised learning rates (Linear, Conv): All weights are N(0, 1)
 and get their scale in each forward pass. Adam moves every weight at the same pace, whatever its
