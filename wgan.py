@@ -32,8 +32,6 @@ def parse_args(argv=None):
     p.add_argument("--z-dim", type=runs.positive_int, default=100, help="dimensions of z")
     p.add_argument("--width", type=runs.positive_int, default=64, help="base number of channels")
     p.add_argument("--lr", type=float, default=5e-5, help="learning rate")
-    p.add_argument("--momentum", type=float, default=0.0, help="RMSprop's momentum")
-    p.add_argument("--alpha", type=float, default=0.99, help="RMSprop's alpha")
     p.add_argument("--n-critic", type=runs.positive_int, default=5, help="D updates per G update")
     p.add_argument("--image-size", type=runs.image_size, default=32, help="side in pixels")
     p.add_argument("--clip", type=float, default=0.01, help="D's parameters are clipped to +-clip")
@@ -135,9 +133,8 @@ def main(argv=None):
     D = Discriminator(args.width, data.channels, args.image_size)
     G = G.to(args.device, memory_format=torch.channels_last)
     D = D.to(args.device, memory_format=torch.channels_last)
-    settings = {"lr": args.lr, "momentum": args.momentum, "alpha": args.alpha}
-    opt_G = torch.optim.RMSprop(G.parameters(), **settings)
-    opt_D = torch.optim.RMSprop(D.parameters(), **settings)
+    opt_G = torch.optim.RMSprop(G.parameters(), lr=args.lr)
+    opt_D = torch.optim.RMSprop(D.parameters(), lr=args.lr)
 
     def noise(n):
         """n draws of z ~ N(0, I)."""

@@ -309,14 +309,15 @@ def test_wgan_gp_weighs_the_penalty(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("stylegan2", "r3gan")])
 def test_optimisers_are_those_of_the_flags(name):
     """stylegan2.py and r3gan.py change the flags' values, and have tests of their own."""
-    names = ("--momentum", "--alpha") if name == "wgan" else ("--beta1", "--beta2")
-    run = open_script(name, "--lr", 0.125, names[0], 0.25, names[1], 0.75)
+    betas = [] if name == "wgan" else ["--beta1", 0.25, "--beta2", 0.75]
+    run = open_script(name, "--lr", 0.125, *betas)
     for which, network in networks_of(run).items():
         optimiser = run.state[f"opt_{which}"]
         (group,) = optimiser.param_groups
         assert float(group["lr"]) == 0.125
         if name == "wgan":
-            assert (group["momentum"], group["alpha"]) == (0.25, 0.75)
+            assert isinstance(optimiser, torch.optim.RMSprop)
+            assert (group["momentum"], group["alpha"]) == (0, 0.99)
         else:
             assert group["betas"] == (0.25, 0.75) and isinstance(optimiser, torch.optim.Adam)
         assert {id(p) for p in group["params"]} == {id(p) for p in network.parameters()}
@@ -327,7 +328,7 @@ PUBLISHED = {  # lr, beta1, beta2, n_critic, batch_size, variant flags
     "dcgan": (2e-4, 0.5, 0.999, 1, 128, {}),
     "cgan": (2e-4, 0.5, 0.999, 1, 128, {}),
     "lsgan": (2e-4, 0.5, 0.999, 1, 64, {"a": 0, "b": 1, "c": 1}),
-    "wgan": (5e-5, 0.0, 0.99, 5, 64, {"clip": 0.01}),
+    "wgan": (5e-5, 0.0, None, 5, 64, {"clip": 0.01}),
     "wgan_gp": (1e-4, 0.5, 0.9, 5, 64, {"gp_weight": 10}),
     "sngan": (2e-4, 0.5, 0.999, 1, 64, {}),
     "ssgan": (3e-3, 0.5, 0.999, 1, 100, {"labels": 100, "unlabelled_weight": 1}),
@@ -346,8 +347,6 @@ def test_defaults_are_the_papers(name):
     args = SCRIPTS[name].parse_args(["--dataset", "digits"])
     lr, beta1, beta2, n_critic, batch_size, variant = PUBLISHED[name]
     betas = (getattr(args, "beta1", 0.0), getattr(args, "beta2", None))
-    if name == "wgan":
-        betas = (args.momentum, args.alpha)
     assert (args.lr, *betas) == (lr, beta1, beta2)
     assert (getattr(args, "n_critic", 1), args.batch_size) == (n_critic, batch_size)
     assert all(getattr(args, flag) == value for flag, value in variant.items())

@@ -67,7 +67,7 @@ def usual_batches(args, channels):
 def plain(optimiser):
     """The same optimiser as torch makes it by default: neither fused nor capturable."""
     group = optimiser.param_groups[0]
-    settings = {k: group[k] for k in ("lr", "betas", "alpha", "momentum") if k in group}
+    settings = {k: group[k] for k in ("lr", "betas") if k in group}
     return type(optimiser)(group["params"], **settings)
 
 
@@ -154,7 +154,7 @@ def main(argv=None):
     p.add_argument("--data-dir", type=os.path.expanduser, default="data")
     p.add_argument("--sizes", type=runs.image_size, nargs="+", default=[32, 64])
     p.add_argument("--rounds", type=runs.positive_int, default=5)
-    p.add_argument("--seconds", type=float, default=3.0, help="of a way in a round")
+    p.add_argument("--seconds", type=float, default=3.0, help="length of one turn")
     p.add_argument("--no-cuda-graph", action="store_true")
     args = p.parse_args(argv)
     if unknown := set(args.scripts) - set(NAMES):

@@ -15,9 +15,9 @@ PAGE = ROOT / "docs" / "what-changed.md"
 INTRODUCTION = """# What changed
 
 Each part compares two scripts: the idea of the second paper, the objectives of D and G, and the
-defaults that differ. Of the small scripts, it shows every line of the networks, losses and updates
-that differs. It all starts with [`gan.py`](../gan.py): D learns to tell real images from G's, and G
-learns to draw images that D takes for real.
+defaults that differ. For the small scripts, it also shows every line of the networks, losses and
+updates that differs. It all starts with [`gan.py`](../gan.py): D learns to tell real images from
+G's, and G learns to draw images that D takes for real.
 """
 
 # Changes that are shown line by line, and changes that are too long for that.
@@ -168,8 +168,8 @@ def objectives(text):
 
 
 def parts(text):
-    """The lines of a script under each of its banners, such as "networks", without docstrings; of
-    main, what z is and how it is used to train."""
+    """The lines of a script under each of its banners, such as "networks", without docstrings;
+    of main, only noise() and update()."""
     text = re.sub(r' *""".*?"""\n+', "", text, flags=re.DOTALL)
     _, *pieces = re.split(r"\n+# (\w+) -+\n+", text)
     found = dict(zip(pieces[::2], pieces[1::2], strict=True))
