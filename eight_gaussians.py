@@ -63,7 +63,7 @@ class Method:
     g_loss: Callable  # of D's scores of fakes; with `pairs`, those of real points come first
     colour: str
     lr: float = 2e-3
-    lr_D: float | None = None  # as lr
+    lr_D: float | None = None  # None: the same as lr
     betas: tuple = (0.5, 0.9)  # of Adam; the second is that of gan_toy.py
     n_critic: int = 1  # updates of D per update of G
     pairs: bool = False
@@ -282,13 +282,12 @@ def train(name, args):
 # pictures -----------------------------------------------------------------------------------------
 
 
-def panel(points, centres, colour, size=150):
-    """A square image of the plane from -2.6 to 2.6, `size` pixels wide, in a frame: real points in
-    grey, G's `points` (N, 2) in `colour`."""
+def panel(points, real, colour, size=150):
+    """A square image of the plane from -2.6 to 2.6, `size` pixels wide, in a frame: `real` points
+    (M, 2) in grey, G's `points` (N, 2) in `colour`."""
     large = 3 * size  # reduced at the end, for smooth dots
     image = Image.new("RGB", (large, large), "white")
     pen = ImageDraw.Draw(image)
-    real = real_points(60 * len(centres), centres)
     for dots, fill, radius in ((real, "#b8b8b8", 9), (points, colour, 3)):
         for x, y in ((dots / 5.2 + 0.5) * large).tolist():
             y = large - y
@@ -300,7 +299,8 @@ def panel(points, centres, colour, size=150):
 def write_pictures(kept, centres, steps, out_dir):
     """Writes picture.png and movie.gif of what `train` returned in `steps` steps, by the names of
     the METHODS."""
-    torch.manual_seed(0)  # the same real points in all panels
+    torch.manual_seed(0)
+    real = real_points(60 * len(centres), centres)  # the same ones in all panels
     font = ImageFont.load_default(size=14)
     size = 150
 
@@ -314,7 +314,7 @@ def write_pictures(kept, centres, steps, out_dir):
     for row, (name, moments) in enumerate(kept.items()):
         pen.text((6, 24 + (row + 0.5) * size), name, "black", font, anchor="lm")
         for column, moment in enumerate(COLUMNS):
-            tile = panel(moments[moment], centres, METHODS[name].colour)
+            tile = panel(moments[moment], real, METHODS[name].colour)
             picture.paste(tile, (120 + size * column, 24 + size * row))
     picture.save(out_dir / "picture.png")
 
@@ -328,7 +328,7 @@ def write_pictures(kept, centres, steps, out_dir):
         for k, (name, moments) in enumerate(kept.items()):
             left, top = size * (k % columns), (size + 20) * (k // columns)
             pen.text((left + size / 2, top + 10), name, "black", font, anchor="mm")
-            frame.paste(panel(moments[moment], centres, METHODS[name].colour), (left, top + 20))
+            frame.paste(panel(moments[moment], real, METHODS[name].colour), (left, top + 20))
         frames.append(frame)
     durations = [150] * MOMENTS + [2000]  # milliseconds: the last one stays
     frames[0].save(

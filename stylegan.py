@@ -60,7 +60,10 @@ def parse_args(argv=None):
         default=1.0,
         help="with --generate: factor for w - mean; less than 1 gives safer, less varied images",
     )
-    return runs.parse_args(p, argv)
+    args = runs.parse_args(p, argv)
+    if args.truncation != 1 and not args.generate:
+        p.error("--truncation goes with --generate")
+    return args
 
 
 # networks -----------------------------------------------------------------------------------------
@@ -193,7 +196,8 @@ class Generator(nn.Module):
         return self.synthesise(self.mapping(z), stage, fade)
 
     def synthesise(self, w, stage, fade=None):
-        """Images from w (N, z_dim), or of (N, 2 * stage + 2, z_dim): layer k uses w[:, k]."""
+        """Images from w: (N, z_dim) for all layers, or (N, 2 * stage + 2, z_dim), of which layer k
+        uses w[:, k]."""
         if w.ndim == 2:
             w = w[:, None].expand(-1, 2 * stage + 2, -1)
 
@@ -321,9 +325,9 @@ def stage_and_fade(step, stage_steps, image_size):
     last = last_stage(image_size)
     if stage_steps == 0:
         return last, None
-    stage, done = divmod(step - 1, 2 * stage_steps)
-    if done >= stage_steps and stage < last:
-        return stage + 1, (done - stage_steps) / stage_steps
+    stage, updates = divmod(step - 1, 2 * stage_steps)
+    if updates >= stage_steps and stage < last:
+        return stage + 1, (updates - stage_steps) / stage_steps
     return min(stage, last), None
 
 

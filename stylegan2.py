@@ -58,7 +58,10 @@ def parse_args(argv=None):
         default=1.0,
         help="with --generate: factor for w - mean; less than 1 gives safer, less varied images",
     )
-    return runs.parse_args(p, argv)
+    args = runs.parse_args(p, argv)
+    if args.truncation != 1 and not args.generate:
+        p.error("--truncation goes with --generate")
+    return args
 
 
 # networks -----------------------------------------------------------------------------------------
@@ -209,7 +212,8 @@ class Mapping(nn.Module):
 
 
 class Generator(nn.Module):
-    """z (N, z_dim) -> images (N, channels, image_size, image_size), about in [-1, 1].
+    """z (N, z_dim) -> images (N, channels, image_size, image_size). G learns to keep them in
+    [-1, 1], where the real ones are: there is no tanh.
 
     Each size adds its picture to the enlarged one of the size before: section 4.1, figure 7b. Sizes
     are powers of 2. The comments give the shapes at the default size.
@@ -241,8 +245,8 @@ class Generator(nn.Module):
         return self.synthesise(self.mapping(z))
 
     def synthesise(self, w):
-        """Images from w (N, z_dim), or (N, len(self.layers) + 1, z_dim): layer k uses w[:, k], and
-        the picture after it w[:, k + 1]."""
+        """Images from w: (N, z_dim) for all layers, or (N, len(self.layers) + 1, z_dim), of which
+        layer k uses w[:, k], and the picture after it w[:, k + 1]."""
         if w.ndim == 2:
             w = w[:, None].expand(-1, len(self.layers) + 1, -1)
 

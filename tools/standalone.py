@@ -109,6 +109,7 @@ REPLACEMENTS = [
     ("data.channels", "images.shape[1]"),
     ("len(data.classes)", "int(labels.max()) + 1"),
     # Grids.
+    (", at most 16, and fewer if the images are large.", ", at most 16."),
     ("math.isqrt(common.grid_size(args))", "8"),
     ("common.grid_size(args)", "64"),
     # The loop.
@@ -131,7 +132,8 @@ CUTS = [
     ('    p.add_argument("--label"', "    args = runs.parse_args("),
     ('    if args.label != "all" and', "    if args.batch_size < 2"),
     ('    if args.label != "all" and', "    return args\n"),
-    ('    p.add_argument(\n        "--truncation"', "    return runs.parse_args("),
+    ('    p.add_argument(\n        "--truncation"', "    args = runs.parse_args("),
+    ("    if args.truncation != 1", "    return args\n"),
     # The check of the classes by cgan.py and stacked_gan.py.
     ("    if n_classes == 0:", "\n    # Networks"),
     # The start of a run.
