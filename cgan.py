@@ -149,7 +149,7 @@ def main(argv=None):
     data = common.load_data(args)
     n_classes = len(data.classes)
     if n_classes == 0:
-        common.fail(f"{args.dataset} has no classes, which cgan.py needs: one subfolder for each")
+        common.fail(f"{args.dataset} has no classes: use a folder with one subfolder per class")
 
     # Networks, in the layout that is faster for convolutions, and optimisers.
     G = Generator(args.z_dim, args.width, data.channels, args.image_size, n_classes)

@@ -30,9 +30,11 @@ TORCHVISION_DATASETS = {
 DATASETS = [*TORCHVISION_DATASETS, "digits"]
 DATASET_HELP = "mnist, fashion-mnist, cifar10, digits (needs no download), or a folder of images"
 
-# The endings of image files, and names of folders that systems make, or that are rarely classes.
+# The endings of image files.
 ENDINGS = {*IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".avif", ".heic", ".heif"}
+# Folders that operating systems and storage devices make.
 NO_DATA = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found", "System Volume Information"}
+# Folders that are rarely classes.
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
@@ -161,7 +163,12 @@ def sample_batch(args, data):
     index = index.to(data.images.device)  # elsewhere only if the dataset is in host memory
     x = data.images[index].to(args.device)
     y = data.labels[index].to(args.device)
-    return x.float().div(127.5).sub(1), y
+    return scaled(x), y
+
+
+def scaled(images):
+    """uint8 images as float32 in [-1, 1]."""
+    return images.float().div(127.5).sub(1)
 
 
 def class_number(label, classes):
@@ -229,11 +236,6 @@ def load_torchvision(name, data_dir, train=True):
         if len(images) != len(labels):
             raise ValueError(f"there are {len(images):,} images, but {len(labels):,} labels")
     except Exception as error:  # torchvision's readers assert, index and unpickle
-        # torchvision has made folders for a download that may have failed.
-        made = Path(data_dir, dataset_class.__name__)
-        for folder in (made / "raw", made):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
         advice = "check the connection, or delete a damaged file to download it again"
         fail(f"cannot load {name} from {data_dir} ({reason(error)}): {advice}")
     if world_size() > 1 and rank() == 0:

@@ -15,8 +15,8 @@ G does not draw one image again and again.
 Differs from dcgan.py in: D is an autoencoder, with dcgan.py's D as its encoder; the two losses.
 
 Deviations from the paper: the networks are convolutional; the paper's for MNIST are fully
-connected. The margin is the paper's 10 for MNIST, with pixels in [-1, 1]; it does not state their
-range.
+connected. The margin is the paper's 10 for MNIST, with pixels in [-1, 1]; the paper does not state
+the range of its pixels.
 
 A run on MNIST, scored in docs/results.md:
 

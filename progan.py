@@ -136,7 +136,7 @@ class Generator(nn.Module):
             layers += [Conv(n_in, c, 3), nn.LeakyReLU(0.2), PixelNorm()]
             layers += [Conv(c, c, 3), nn.LeakyReLU(0.2), PixelNorm()]
             self.blocks.append(nn.Sequential(*layers))
-            self.to_rgb.append(Conv(c, channels, 1, gain=1.0))
+            self.to_rgb += [Conv(c, channels, 1, gain=1.0)]
 
     def forward(self, z, stage, fade=None):
         x = z
@@ -246,9 +246,9 @@ def stage_and_fade(step, stage_steps, image_size):
     last = last_stage(image_size)
     if stage_steps == 0:
         return last, None
-    stage, done = divmod(step - 1, 2 * stage_steps)
-    if done >= stage_steps and stage < last:
-        return stage + 1, (done - stage_steps) / stage_steps
+    stage, updates = divmod(step - 1, 2 * stage_steps)
+    if updates >= stage_steps and stage < last:
+        return stage + 1, (updates - stage_steps) / stage_steps
     return min(stage, last), None
 
 
@@ -314,8 +314,7 @@ def main(argv=None):
 
         # G: minimise g_loss, with D fixed.
         D.requires_grad_(False)
-        x_fake = G(noise(args.batch_size), stage, fade)
-        loss_G = g_loss(D(x_fake, stage, fade))
+        loss_G = g_loss(D(G(noise(args.batch_size), stage, fade), stage, fade))
         opt_G.zero_grad()
         loss_G.backward()
         opt_G.step()

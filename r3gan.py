@@ -159,8 +159,8 @@ class Halve(nn.Module):
 
 
 class Generator(nn.Module):
-    """z (N, z_dim) -> images (N, channels, image_size, image_size). G has no tanh: it learns to
-    stay in [-1, 1], the range of the real images.
+    """z (N, z_dim) -> images (N, channels, image_size, image_size). G learns to keep them in
+    [-1, 1], where the real ones are: there is no tanh.
 
     The comments give the shapes at the default width and size. Other sizes are powers of 2.
     """
@@ -243,10 +243,10 @@ def r1_penalty(scores, x):
 # training -----------------------------------------------------------------------------------------
 
 
-def cosine(start, end, progress):
-    """A number that changes from `start` to `end` while `progress` does from 0 to 1: slowly at both
-    ends, and fastest in the middle."""
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+def cosine(start, end, part_done):
+    """A number that changes from `start` to `end` while `part_done` does from 0 to 1: slowly at
+    both ends, and fastest in the middle."""
+    return end + (start - end) * (1 + math.cos(math.pi * part_done)) / 2
 
 
 @torch.no_grad()
@@ -333,7 +333,7 @@ def main(argv=None):
             opt.param_groups[0]["betas"] = (0.0, cosine(args.beta2, args.beta2_end, part_done))
         values = update(gamma=cosine(args.gamma, args.gamma_end, part_done))
         # The half-life of the average, in steps, grows from 0 to 2% of the run.
-        half_life = max(1e-3, cosine(0, 0.02 * args.steps, step / args.steps))
+        half_life = cosine(0, 0.02 * args.steps, step / args.steps)
         move_average(average, G, 0.5 ** (1 / half_life))
         if step % args.log_every == 0:
             progress.set_postfix(runs.log(args, step, values))

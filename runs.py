@@ -99,10 +99,11 @@ def parse_args(p, argv, signed=()):
     """Adds the flags of data, run and device to `p`, an ArgumentParser whose `prog` is the name of
     the script, and parses `argv` (None: the command line).
 
-    With --resume and --generate, the flags of the run in --out-dir are the defaults. A flag on the
-    command line overrides the saved one, and the change is reported. Otherwise, makes the folder of
-    a new run. Exits with an error if a flag is wrong, such as a negative number other than those
-    named in `signed`, if there is no run, or if a new run cannot have --out-dir as its folder.
+    With --resume or --generate, the flags of the run in --out-dir are the defaults. A flag on the
+    command line overrides the saved one; with --resume, the change is reported. Otherwise, makes
+    the folder of a new run. Exits with an error if a flag is wrong, such as a negative number other
+    than those named in `signed`, if there is no run, or if a new run cannot have --out-dir as its
+    folder.
     """
     # Without its list of all flags, argparse says in one line which flag is wrong.
     p.usage = argparse.SUPPRESS
@@ -214,8 +215,9 @@ def add_shared_flags(p):
 
 
 def parse_with_run(p, argv, args):
-    """Parses `argv` again, with the flags of the run in `args.out_dir` as defaults, and reports
-    which of them `argv` changes. Exits with an error if there is no run of this script."""
+    """Parses `argv` again, with the flags of the run in `args.out_dir` as defaults; with --resume,
+    reports which of them `argv` changes. Exits with an error if there is no run of this script, or
+    if --resume has no steps left."""
     folder = Path(args.out_dir)
     file = folder / "checkpoint.pt"
     if not file.exists():
@@ -241,7 +243,7 @@ def parse_with_run(p, argv, args):
     args = p.parse_args(argv)
     for name, value in before.items():
         now = getattr(args, name)
-        if now != value:
+        if args.resume and now != value:
             common.say(f"{name} was {value}, and is {now} now")
     if args.resume and saved["step"] >= args.steps:
         common.fail(f"{folder} is already at step {saved['step']}: raise --steps")
@@ -315,9 +317,10 @@ def atomic_write(file):
 
 
 def start_run(args, data, state):
-    """Prepares the folder of the run and returns the number of steps that are done: 0 in a new run.
+    """Prepares the folder of the run, and its optimisers for CUDA graphs and torchrun. Returns the
+    number of steps that are done: 0 in a new run.
 
-    `state` holds the networks, optimisers and tensors of the run by name. With --resume and
+    `state` holds the networks, optimisers and tensors of the run by name. With --resume or
     --generate, they are loaded from the checkpoint; with --init, only G and D are. Exits with an
     error if the checkpoint does not fit.
     """
@@ -572,7 +575,7 @@ def cuda_graph(args, data, update):
             return values
         # Capturing an update records it, without running it.
         if calls == 4:
-            # Other threads, such as one of NCCL's, may use CUDA meanwhile.
+            # Other threads may use CUDA meanwhile.
             stream = torch.cuda.current_stream()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 run_update()

@@ -67,7 +67,7 @@ def hold_out_test(args, data):
     tenth of its images, which are taken out of the training images. Exits with an error if the
     images have no labels."""
     if not data.classes:
-        common.fail(f"{args.dataset} has no labels: use a folder with one subfolder per class")
+        common.fail(f"{args.dataset} has no classes: use a folder with one subfolder per class")
     if args.dataset in common.TORCHVISION_DATASETS:
         images, labels, _ = common.load_torchvision(args.dataset, args.data_dir, train=False)
         images = common.resize(images, args.image_size)
@@ -99,11 +99,6 @@ def choose_labelled(args, data):
             common.fail(f"--labels needs {each} images of {name}, but there are {len(of_class)}")
         chosen.append(of_class)
     return torch.cat(chosen)
-
-
-def scaled(images):
-    """uint8 images as float32 in [-1, 1]."""
-    return images.float().div(127.5).sub(1)
 
 
 # networks -----------------------------------------------------------------------------------------
@@ -246,7 +241,7 @@ def main(argv=None):
     if not args.generate:
         data, test_images, test_labels = hold_out_test(args, data)
         labelled = choose_labelled(args, data)
-        x_labelled = scaled(data.images[labelled]).to(args.device)
+        x_labelled = common.scaled(data.images[labelled]).to(args.device)
         y_labelled = data.labels[labelled].to(args.device)
 
     # Networks and optimisers. The authors add an epsilon of 1e-8 inside Adam's root, which is like
@@ -260,10 +255,10 @@ def main(argv=None):
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=betas, eps=1e-4, fused=True)
 
     if not args.generate:
-        D.normalise(scaled(data.images[:500]).to(args.device))
+        D.normalise(common.scaled(data.images[:500]).to(args.device))
 
-    # The average of D's weights, which is tested, and its share of wrong test images: measured at
-    # each save, and 1 until then.
+    # The average of D's weights, which is tested, and the share of test images that it gets wrong:
+    # measured at each save, and 1 until then.
     average = copy.deepcopy(D).eval()
     test_error = torch.ones((), device=args.device)
 
@@ -314,7 +309,7 @@ def main(argv=None):
         """How many test images the average classifies wrongly, without noise."""
         wrong = 0
         for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True):
-            predicted = average(scaled(x.to(args.device))).argmax(1)
+            predicted = average(common.scaled(x.to(args.device))).argmax(1)
             wrong += (predicted != y.to(args.device)).sum()
         return wrong
 

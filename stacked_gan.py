@@ -279,7 +279,7 @@ def main(argv=None):
     data = common.load_data(args)
     n_classes = len(data.classes)
     if n_classes == 0:
-        common.fail(f"{args.dataset} has no classes, which stacked_gan.py needs: use subfolders")
+        common.fail(f"{args.dataset} has no classes: use a folder with one subfolder per class")
 
     # Networks, in the layout that is faster for convolutions.
     E = Encoder(args.width, data.channels, args.image_size, n_classes)

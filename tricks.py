@@ -49,7 +49,9 @@ def parse_args(argv=None):
         default=0.0,
         help="standard deviation of noise on all that D sees, falling to 0 at --steps",
     )
-    p.add_argument("--replay", type=int, default=0, help="old fakes to keep, as half of D's fakes")
+    p.add_argument(
+        "--replay", type=int, default=0, help="old fakes to keep, from which half of D's are drawn"
+    )
     p.add_argument("--feature-matching", action="store_true", help="G matches D's mean features")
     p.add_argument(
         "--minibatch-kernels",
@@ -278,8 +280,8 @@ def color(x):
 
 
 def translation(x):
-    """Images (N, C, S, S), each shifted by up to S / 8 in both directions, with zeros where it
-    came from."""
+    """Images (N, C, S, S), each shifted by up to S / 8 along both axes, with zeros in the strips
+    that this leaves empty."""
     n, _, s, _ = x.shape
     pad = s // 8
     # A window of the padded image, which begins at another row and column for each image.

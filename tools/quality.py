@@ -118,10 +118,6 @@ def real_images(dataset, data_dir):
     return (images[train], labels[train]), (images[test], labels[test]), classes
 
 
-def normalise(images):
-    return images.float() / 127.5 - 1
-
-
 def trained_classifier(dataset, images, labels, n_classes, cache_dir, device, steps):
     """The classifier of a dataset's training images, from its cache or trained with Adam for
     `steps` batches of 128."""
@@ -156,7 +152,7 @@ def trained_classifier(dataset, images, labels, n_classes, cache_dir, device, st
 def describe(net, images):
     """Features (N, 128) and predicted classes (N,) of uint8 images."""
     device = next(net.parameters()).device
-    features = [net.features(normalise(part.to(device))) for part in images.split(500)]
+    features = [net.features(common.scaled(part.to(device))) for part in images.split(500)]
     features = torch.cat(features)
     return features.cpu(), net.head(features).argmax(1).cpu()
 
@@ -262,7 +258,7 @@ def main(argv=None):
         args.classifier_steps,
     )
 
-    # Fixed random orders: files may be sorted by class, or by difficulty as MNIST's test images.
+    # Fixed random orders: files may be sorted by class or, as MNIST's test images, by difficulty.
     rng = torch.Generator().manual_seed(0)
     train = train[torch.randperm(len(train), generator=rng)[: len(test)]]
     order = torch.randperm(len(test), generator=rng)
