@@ -95,6 +95,14 @@ def write_cifar10(data_dir, monkeypatch, n=10, seed=0):
     return np.concatenate(images), np.array(labels)
 
 
+def fewer_digits(monkeypatch, number):
+    """Lets `draw_digits` draw at most `number` images."""
+    draw = common.draw_digits
+    monkeypatch.setattr(
+        common, "draw_digits", lambda n, size, seed: draw(min(n, number), size, seed)
+    )
+
+
 def class_folder(folder, each=20):
     """A folder of two pictures, each `each` times with another brightness, in a subfolder per
     class."""
@@ -108,25 +116,33 @@ def class_folder(folder, each=20):
     return folder
 
 
-SMALL = "--image-size 16 --width 8 --batch-size 4 --z-dim 6 --log-every 5 --save-every 5"
+SMALL_WIDTH = {
+    "ssgan": "--width 32",
+    "stacked_gan": "--width 8 --encoder-steps 2",
+    "stylegan2": "--width-at-64 2",
+}
 
 
-def train(name, run, *flags, data=None, small=SMALL, device="cpu"):
-    """Runs a script's main into the folder `run`: on two pictures, one per class, or for ssgan on
-    40 of them with one label per class."""
+def small_flags(name):
+    """Flags with which a script's networks are small: 8 channels at 16x16."""
+    width = SMALL_WIDTH.get(name, "--width 8")
+    return f"--image-size 16 --batch-size 4 --z-dim 6 {width}".split()
+
+
+def train(name, run, *flags, data=None, small=True, device="cpu"):
+    """Runs a script's main into the folder `run`, with small networks unless `small` is False: on
+    two pictures, one per class, or for ssgan on 40 of them with one label per class."""
     if name == "ssgan":
-        flags = ["--labels", 2, "--width", 32, *flags]
-    if name == "stacked_gan" and small:
-        small = f"{small} --encoder-steps 2"
-    if name == "stylegan2":
-        small = small.replace("--width", "--width-at-64")
+        flags = ["--labels", 2, *flags]
+    if small:
+        flags = [*small_flags(name), "--log-every", 5, "--save-every", 5, *flags]
     if data is None:
         data = Path("many" if name == "ssgan" else "pictures")
         if name == "ssgan" and not data.exists():
             class_folder(data)
         elif not data.exists():
             picture_folder(data, (0, 1), classes=True)
-    argv = ["--dataset", data, "--out-dir", run, "--device", device, *small.split(), *flags]
+    argv = ["--dataset", data, "--out-dir", run, "--device", device, *flags]
     SCRIPTS[name].main([str(flag) for flag in argv])
 
 
@@ -188,14 +204,10 @@ def open_script(name, *flags, run=None, dataset=None):
         raise _Enough
 
     argv = ["--dataset", dataset, "--out-dir", run or f"opened-{name}", "--device", "cpu"]
-    small = SMALL
-    if name == "stylegan2":
-        small = SMALL.replace("--width", "--width-at-64")
-    if name == "stacked_gan":
-        small = f"{SMALL} --encoder-steps 2"
+    argv += small_flags(name)
     if name == "ssgan":
-        small = f"{SMALL} --labels 3 --width 32"
-    argv += [*small.split(), *flags]
+        argv += ["--labels", 3]
+    argv += flags
     with mock.patch.object(runs, "steps", steps), pytest.raises(_Enough):
         SCRIPTS[name].main([str(flag) for flag in argv])
     return caught

@@ -159,6 +159,6 @@ def test_the_learning_rate_of_began_halves(monkeypatch):
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
     train("began", "run", "--steps", 5, "--lr", 0.5, "--halve-every", 3)
-    train("began", "run", "--steps", 8, "--resume", small="")
+    train("began", "run", "--steps", 8, "--resume", small=False)
     expected = [0.5] * 3 + [0.25] * 3 + [0.125] * 2
     assert rates[::2] == expected and rates[1::2] == expected

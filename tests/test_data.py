@@ -56,7 +56,9 @@ def test_other_sizes_keep_the_picture(image_size, monkeypatch):
     for dataset, channels in (("mnist", 1), ("cifar10", 3)):
         data, base = load(dataset, image_size), load(dataset)
         assert data.images.shape[1:] == (channels, image_size, image_size)
-        assert abs(data.images.float().mean() - base.images.float().mean()) < 2
+        small, large = sorted([data.images.float(), base.images.float()], key=torch.numel)
+        halved = torch.nn.functional.avg_pool2d(large, 2)
+        assert np.corrcoef(small.flatten(), halved.flatten())[0, 1] > 0.8
         if image_size == 16:  # antialiased: the mean over 4 pixels, not over the nearest two
             inner, whole = (d.images[:, :, 4:-4, 4:-4].float().std() for d in (data, base))
             assert inner < 0.42 * whole
@@ -305,7 +307,7 @@ def test_a_subfolder_without_permission_is_warned_about(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="makes links and a pipe")
-def test_links_lead_nowhere_twice_and_pipes_are_not_opened():
+def test_links_are_followed_once_and_pipes_are_not_opened():
     """A link to a folder is followed in the first level alone."""
     folder = picture_folder(Path("pictures"), (0, 1), classes=True)
     picture_folder(Path("elsewhere"))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import SCRIPTS, recorded
-from PIL import Image
+from PIL import Image, ImageColor
 
 import eight_gaussians
 import r3gan
@@ -156,7 +156,7 @@ def test_each_setting_changes_the_run(name, setting, monkeypatch):
     assert not torch.equal(*runs)
 
 
-@pytest.mark.parametrize("flag", ["--modes 5", "--seed 1"])
+@pytest.mark.parametrize("flag", ["--modes 5", "--seed 1", "--width 8", "--batch-size 4"])
 def test_flags_change_the_run(flag):
     runs = []
     for flags in (FLAGS, f"{FLAGS} {flag}"):
@@ -165,10 +165,21 @@ def test_flags_change_the_run(flag):
     assert not torch.equal(*runs)
 
 
-def test_every_update_of_D_has_points_of_its_own(monkeypatch):
+def test_every_update_has_points_and_noise_of_its_own(monkeypatch):
+    """Two steps of five updates of D and one of G."""
     drawn = recorded(monkeypatch, "real_points", eight_gaussians)
+    made = recorded(monkeypatch, "forward", eight_gaussians.Generator)
     eight_gaussians.train("wgan", eight_gaussians.parse_args(FLAGS.split()))
     assert len({tuple(points.flatten().tolist()) for points in drawn}) == 10
+    assert len({tuple(x.flatten().tolist()) for x in made if len(x) == 8}) == 12
+
+
+@pytest.mark.parametrize("name", ["gan", "r3gan"])  # without and with pairs
+def test_learns_one_gaussian(name):
+    """No sign error survives this, and no gradient that is not zeroed."""
+    flags = "--modes 1 --steps 100 --width 32 --batch-size 32"
+    kept = eight_gaussians.train(name, eight_gaussians.parse_args(flags.split()))
+    assert (kept[-1] - torch.tensor([2.0, 0.0])).norm(dim=1).mean() < 0.2
 
 
 def test_the_learning_rates_fall_over_the_second_half(watched):
@@ -216,7 +227,9 @@ def test_main_writes_its_results(tmp_path, capsys, monkeypatch):
     with Image.open(tmp_path / "run" / "movie.gif") as movie:
         assert movie.n_frames == eight_gaussians.MOMENTS + 1
     with Image.open(tmp_path / "run" / "picture.png") as picture:
-        assert len(picture.getcolors(2**24)) > 8, "grey, and a colour for each loss"
+        colours = {colour for _, colour in picture.getcolors(2**24)}
+    for method in eight_gaussians.METHODS.values():
+        assert ImageColor.getrgb(method.colour) in colours
     with pytest.raises(SystemExit):
         eight_gaussians.main(flags)
     line = capsys.readouterr().err

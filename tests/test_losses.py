@@ -1,5 +1,6 @@
 """The losses against values worked out by hand, two-sided, on unequal real and fake scores."""
 
+import functools
 import math
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from helpers import DEVICES, SCRIPTS
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-gan, lsgan, wgan, wgan_gp, sngan = (
-    SCRIPTS[n] for n in ("gan", "lsgan", "wgan", "wgan_gp", "sngan")
+gan, lsgan, wgan, wgan_gp, sngan, progan = (
+    SCRIPTS[n] for n in ("gan", "lsgan", "wgan", "wgan_gp", "sngan", "progan")
 )
 REAL, FAKE = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([-0.3, 1.2, -2.0])
 LN2 = math.log(2)
@@ -100,11 +101,15 @@ def test_gradient_penalty_averages_over_images_not_norms():
     assert penalty.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_gradient_penalty_at_zero_gradient():
+@pytest.mark.parametrize(
+    "gradient_penalty",
+    [wgan_gp.gradient_penalty, functools.partial(progan.gradient_penalty, gamma=1.0)],
+)
+def test_gradient_penalty_at_zero_gradient(gradient_penalty):
     """A critic that is flat has the penalty 1, and its gradient is a number."""
     w = torch.zeros(3 * 64, requires_grad=True)
     x = torch.randn(4, 3, 8, 8)
-    penalty = wgan_gp.gradient_penalty(lambda x: x.flatten(1) @ w, x, -x)
+    penalty = gradient_penalty(lambda x: x.flatten(1) @ w, x, -x)
     penalty.backward()
     assert penalty.item() == 1
     assert w.grad.isfinite().all()

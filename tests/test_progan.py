@@ -100,6 +100,7 @@ def test_networks():
     assert torch.allclose(G(z, 3), G(5 * z, 3), atol=1e-4)
     norms = [sum(isinstance(m, progan.PixelNorm) for m in net.modules()) for net in (G, D)]
     assert norms == [9, 0]
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in D.modules())
     assert G(z, 3).shape == (4, 3, 32, 32) and D(G(z, 3), 3).shape == (4,)
     channels = [progan.channels_at(size, 128) for size in (4, 8, 16, 32, 64)]
     assert channels == [128, 128, 128, 128, 64]
@@ -147,14 +148,23 @@ def test_the_loss_of_D(monkeypatch):
     never share a batch, whose statistic would tell them apart."""
     flags = ["--stage-steps", 0, "--gamma", 1500, "--gp-weight", 7]
     run, scores = open_script("progan", *flags), []
-    monkeypatch.setattr(
-        progan, "gradient_penalty", lambda D, x, y, gamma: torch.tensor(gamma / 750)
-    )
-    run.D.register_forward_hook(lambda m, inputs, out: scores.append(out.detach()))
+    images, penalised = [], []
+
+    def penalty(D, x_real, x_fake, gamma):
+        penalised.extend([x_real, x_fake])
+        return torch.tensor(gamma / 750)
+
+    def watch(module, inputs, output):
+        images.append(inputs[0])
+        scores.append(output.detach())
+
+    monkeypatch.setattr(progan, "gradient_penalty", penalty)
+    run.D.register_forward_hook(watch)
     with torch.no_grad():
         run.D.blocks[0][-1].weight *= 50
         run.D.blocks[0][-1].bias += 100
     loss_D = run.update(2, None)["loss_D"]
+    assert penalised[0] is images[0] and penalised[1] is images[1]
     real, fake, _ = scores
     expected = fake.mean() - real.mean() + 7 * 2 + 0.001 * real.square().mean()
     assert loss_D.item() == pytest.approx(expected.item(), rel=1e-4)
@@ -163,9 +173,10 @@ def test_the_loss_of_D(monkeypatch):
 
 def test_adam_starts_anew_with_each_part_of_a_stage():
     """With 3 steps each, at steps 4, 7, 10 and 13 of 16 pixels."""
+    flags = ["--save-every", 1, "--keep-checkpoints"]
+    train("progan", "run", "--stage-steps", 3, "--steps", 17, *flags)
     for steps, done in ((3, 3), (4, 1), (8, 2), (15, 3), (17, 5)):
-        train("progan", f"run{steps}", "--stage-steps", 3, "--steps", steps)
-        saved = checkpoint(f"run{steps}")["state"]
+        saved = checkpoint(f"run/step-{steps:06d}")["state"]
         for opt in ("opt_D", "opt_G"):
             counts = {int(s["step"]) for s in saved[opt]["state"].values()}
             assert counts == {done}

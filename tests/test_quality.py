@@ -1,5 +1,6 @@
 """The metrics of tools/quality.py on sets whose scores are known."""
 
+import functools
 import json
 
 import numpy as np
@@ -62,6 +63,11 @@ def test_precision_reaches_to_the_kth_neighbour():
     assert quality.precision_recall(real, fake, k=5)[0] == pytest.approx(2 / 3)
 
 
+@pytest.fixture(autouse=True)
+def small_classifier(monkeypatch):
+    monkeypatch.setattr(quality, "Classifier", functools.partial(quality.Classifier, width=8))
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
@@ -81,11 +87,11 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
     draw = common.draw_digits
 
     def fewer_by_class(n, size, seed):
-        images, labels = draw(1000, size, seed)
+        images, labels = draw(300, size, seed)
         return images[labels.argsort()], labels.sort().values
 
     monkeypatch.setattr(common, "draw_digits", fewer_by_class)
-    images, labels = draw(600, 32, seed=7)
+    images, labels = draw(200, 32, seed=7)
     (tmp_path / "good").mkdir()
     (tmp_path / "bad").mkdir()
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -105,7 +111,7 @@ def test_program(tmp_path, data_dir, capsys, monkeypatch):
     assert bad["distance"] > 10 * good["distance"] and bad["recall"] < 0.1
     assert scored(tmp_path / "good", data_dir, capsys) == good
     (tmp_path / "copies").mkdir()
-    for i, image in enumerate(fewer_by_class(0, 32, 0)[0][::100]):
+    for i, image in enumerate(fewer_by_class(0, 32, 0)[0][::30]):
         Image.fromarray(image[0].numpy()).save(tmp_path / "copies" / f"{i}.png")
     scored(tmp_path / "copies", data_dir, capsys, "--neighbours", str(data_dir / "pairs.png"))
     pairs = np.asarray(Image.open(data_dir / "pairs.png"))

@@ -49,7 +49,7 @@ RESUMED += [
     ("tricks", f"--decay --n-critic 2 {TRICKS} --diffaug color translation cutout"),
     ("tricks", "--minibatch-kernels 3"),
     ("ssgan", ""),
-    ("stacked_gan", "--joint-from 10"),
+    ("stacked_gan", "--joint-from 8"),
     ("stacked_gan", "--joint-from 4"),
     ("ebgan", ""),
     ("began", "--lambda-k 0.5"),
@@ -62,10 +62,11 @@ RESUMED += [
 
 @pytest.mark.parametrize("name, flags", RESUMED)
 def test_resume_is_bit_for_bit(name, flags, monkeypatch, capsys):
-    """A run that was stopped after a checkpoint, of those that grow in a fade, ends as one that was
-    not. No grid is drawn again, and stacked_gan does not train E again."""
+    """A run that is stopped after a checkpoint and resumed ends as one that was not stopped.
+    Networks that grow are stopped in a fade. No grid is drawn again, and stacked_gan does not train
+    E again."""
     monkeypatch.setattr(SCRIPTS["stylegan2"], "R1_EVERY", 4)
-    flags = ["--steps", 14, "--save-every", 5, "--log-every", 1, *flags.split()]
+    flags = ["--steps", 9, "--save-every", 5, "--log-every", 1, *flags.split()]
     train(name, "whole", *flags)
     with killed_after_save(5):
         train(name, "parts", *flags)
@@ -74,7 +75,7 @@ def test_resume_is_bit_for_bit(name, flags, monkeypatch, capsys):
     grids, save_grid = [], common.save_grid
     monkeypatch.setattr(common, "save_grid", lambda *a: grids.append(a[1]) or save_grid(*a))
     SCRIPTS[name].main(["--out-dir", "parts", "--resume", "--device", "cpu"])
-    assert grids == [10, 14] and "E classifies" not in capsys.readouterr().err
+    assert grids == [9] and "E classifies" not in capsys.readouterr().err
     assert_same_run("whole", "parts")
     averages = name in (*LARGE, "ssgan") or "--ema" in flags
     assert ("average" in checkpoint("parts")["state"]) == averages
@@ -121,7 +122,7 @@ def test_a_typed_flag_wins_and_is_said(capsys):
     """The run goes on with it, and so does the next resume."""
     train("dcgan", "run", "--steps", 5)
     capsys.readouterr()
-    train("dcgan", "run", "--resume", "--steps", 6, "--lr", 1e-5, small="")
+    train("dcgan", "run", "--resume", "--steps", 6, "--lr", 1e-5, small=False)
     assert capsys.readouterr().err.startswith(
         "lr was 0.0002, and is 1e-05 now\nsteps was 5, and is 6 now\n"
     )
@@ -201,7 +202,7 @@ def test_kill_9():
     rng, step = random.Random(0), 1
     every = ["--save-every", 1, "--log-every", 1]
     train("dcgan", "run", "--steps", 1, *every)
-    for k in range(10):
+    for k in range(6):
         child = in_child(lambda: train("dcgan", "run", "--steps", 10**6, *every, "--resume"))
         # Every other time, wait until it has saved something.
         while k % 2 and child.is_alive() and checkpoint("run")["step"] == step:
@@ -308,7 +309,7 @@ def generate(name, *flags, run="run"):
     return images
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["dcgan", "cgan"])
 def test_generate(name, monkeypatch):
     """Numbered images of the checkpoint's G, from its flags, with no dataset; the same for a
     seed."""
@@ -339,9 +340,11 @@ def test_generate(name, monkeypatch):
         assert z[1].tolist() == [0, 1] * 50
 
 
-def test_generate_one_label():
+def test_generate_one_label(capsys):
+    """Which is no change of the run to report."""
     train("cgan", "run", "--steps", 5)
     images = generate("cgan", 3, "--label", 1)
+    assert "label was" not in capsys.readouterr().err
     assert list(images) == [f"{i:06d}_class1.png" for i in range(3)]
     by_name = generate("cgan", 3, "--label", "class1")
     assert list(by_name) == list(images)
@@ -473,8 +476,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @needs_cuda
 @pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"r3gan"}))
 def test_graphed_and_eager_runs_agree(name, monkeypatch):
-    """Also where a graphed run continues an eager one, in the middle of a fade of those that grow.
-    By default, cuDNN rounds anew each time."""
+    """A run with CUDA graphs logs what one without them does, and so does one that begins without
+    and is resumed with them: in a fade, where networks grow. By default, cuDNN rounds anew each
+    time."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     flags = ["--log-every", 1, "--save-every", 10]
     if name in ("progan", "stylegan"):

@@ -12,12 +12,13 @@ import pytest
 import what_changed
 from helpers import NAMES, ROOT, SCRIPTS
 
-ALL = (*NAMES, "tricks")
+SIBLINGS = (*NAMES, "tricks")
 
 
 def section(name, start, end):
     """The text of a script from the first `start` up to the `end` after it."""
-    text = (ROOT / f"{name}.py").read_text()
+    text = (ROOT / f"{name}.py").read_text("utf-8")
+    assert start in text
     return text.partition(start)[2].partition(end)[0]
 
 
@@ -38,7 +39,7 @@ def test_what_changed_is_up_to_date():
     assert page == what_changed.page(), "renew it: python tools/what_changed.py"
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_imports_and_initialisation(name):
     imports = section(name, '\n"""\n', "\ndef parse_args")
     for module in ("copy", "math"):
@@ -59,14 +60,21 @@ def loop(name):
     return [line.strip() for line in main.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("name", [*ALL, "ebgan", "began"])
+@pytest.mark.parametrize("name", [*SIBLINGS, "ebgan", "began"])
 def test_the_loop_is_the_same(name):
     """Every line of dcgan.py's is in each script, in this order."""
     expected = loop("dcgan")
     assert [line for line in loop(name) if line in expected] == expected
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["lsgan", "wgan", "wgan_gp", "sngan", "ebgan", "ssgan"])
+def test_images_are_drawn_in_the_same_way(name):
+    """`sample` and fixed_z, which are tested with gan.py, dcgan.py and cgan.py."""
+    ends = "\n    @torch.no_grad()\n    def sample", "\n    # Steps already done"
+    assert section(name, *ends) == section("dcgan", *ends)
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_common_flags(name):
     """The first flags are the same, in order, type and help; only the defaults are a paper's.
     RMSprop has no betas. A script's own flags come after them."""

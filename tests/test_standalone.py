@@ -1,6 +1,7 @@
 """The copy test: each script as one file, written by tools/standalone.py, trains as it does in the
 collection."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,24 +11,29 @@ from pathlib import Path
 import pytest
 import standalone
 import torch
-from helpers import LARGE, NAMES, ROOT, checkpoint, picture_folder, same, train, write_mnist
+from helpers import (
+    LARGE,
+    NAMES,
+    ROOT,
+    checkpoint,
+    picture_folder,
+    same,
+    small_flags,
+    train,
+    write_mnist,
+)
 from tqdm import tqdm
 
 import runs
 
 COPIED = (*NAMES, "stacked_gan", "ebgan", "began", *LARGE)
-FLAGS = "--image-size 16 --width 8 --batch-size 4 --z-dim 6 --steps 2 --seed 3 --device cpu"
+FLAGS = ["--steps", "2", "--seed", "3"]
 
-# Runs the files that are named on its command line as programs, one after the other.
+# Runs files as programs, one after the other: its argument has a list of flags for each, as JSON.
 RUN_ALL = """
-import runpy, sys
-files, flags = sys.argv[1].split(","), sys.argv[2:]
-for file in files:
-    sys.argv = [file, *flags, "--out-dir", file.removesuffix(".py")]
-    if file == "stacked_gan.py":
-        sys.argv += ["--encoder-steps", "2"]
-    if file == "stylegan2.py":
-        sys.argv = ["--width-at-64" if flag == "--width" else flag for flag in sys.argv]
+import json, runpy, sys
+for file, flags in json.loads(sys.argv[1]).items():
+    sys.argv = [file, *flags]
     runpy.run_path(file, run_name="__main__")
 """
 
@@ -37,11 +43,13 @@ def copies(tmp_path_factory):
     """A folder with the copies, trained for two steps on MNIST's files in an isolated Python."""
     folder = tmp_path_factory.mktemp("copies")
     write_mnist(folder / "data")
+    programs = {}
     for name in COPIED:
         standalone.main([f"{name}.py", str(folder / f"{name}.py")])
-    command = [sys.executable, "-I", "-c", RUN_ALL, ",".join(f"{name}.py" for name in COPIED)]
+        programs[f"{name}.py"] = [*small_flags(name), *FLAGS, "--device", "cpu", "--out-dir", name]
+    command = [sys.executable, "-I", "-c", RUN_ALL, json.dumps(programs)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *FLAGS.split()], cwd=folder, env=env, capture_output=True)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return folder
 
@@ -50,8 +58,7 @@ def copies(tmp_path_factory):
 def test_a_copy_trains_as_the_script_does(name, copies, monkeypatch):
     """From one seed: a copy has none for each step."""
     monkeypatch.setattr(runs, "steps", lambda args, done: tqdm(range(1, args.steps + 1)))
-    flags = ["--data-dir", copies / "data"]
-    train(name, "run", *flags, data="mnist", small=FLAGS)
+    train(name, "run", *FLAGS, "--data-dir", copies / "data", data="mnist")
     copied = torch.load(copies / name / "weights.pt", weights_only=True)
     ours = checkpoint("run")["state"]
     assert len(copied) >= 2 and ("average" in copied) == ("average" in ours)

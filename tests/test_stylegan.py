@@ -1,11 +1,9 @@
 """stylegan.py: its layers by hand, mixed styles, truncation, growing from 8x8, and one picture."""
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
     checkpoint,
-    images_in,
     open_script,
     recorded,
     train,
@@ -184,23 +182,3 @@ def test_the_average(monkeypatch):
     monkeypatch.setattr(stylegan, "move_average", lambda average, G, beta: betas.append(beta))
     train("stylegan", "run", "--steps", 1)
     assert betas == [pytest.approx(0.5 ** (4 / 10_000))]
-
-
-def test_truncation_is_for_generate_alone():
-    """0 gives the image of the mean of w; without it, images are those of w itself."""
-    train("stylegan", "run", "--stage-steps", 2, "--steps", 8, "--lr", 0.05)
-    saved = checkpoint("run")["state"]["average"]
-    G = stylegan.Generator(6, 8, 3, 16)
-    G.load_state_dict(saved)
-    G.eval()
-    flags = ["--out-dir", "run", "--device", "cpu", "--generate", "3"]
-    for truncation in ("0", "1"):
-        stylegan.main([*flags, "--truncation", truncation])
-    mean = list(images_in("run/generated").values())
-    varied = list(images_in("run/generated-2").values())
-    assert all(np.array_equal(image, mean[0]) for image in mean)
-    assert not np.array_equal(varied[0], varied[1])
-    with torch.no_grad():
-        w = G.mapping(torch.randn(10_000, 6)).mean(0)
-        image = ((G.synthesise(w[None], 2)[0] + 1) * 127.5).round().clamp(0, 255)
-    assert np.abs(image.permute(1, 2, 0).numpy() - mean[0]).max() <= 3

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers import (
+    SCRIPTS,
     changed,
     checkpoint,
     log_rows,
@@ -240,29 +241,35 @@ def test_the_penalty_comes_after_every_16th_update(monkeypatch):
     assert batches == [5, 10]
 
 
-def test_truncation(monkeypatch):
+@pytest.mark.parametrize(
+    "name, last_bias", [("stylegan", "mapping.net.14.bias"), ("stylegan2", "mapping.second.bias")]
+)
+def test_truncation(name, last_bias, monkeypatch):
     """w = mean + truncation (w - mean), with the average of G and its mapping, which differs here
     from that of G."""
-    train("stylegan2", "run", "--steps", 6, "--lr", 0.02)
+    module = SCRIPTS[name]
+    train(name, "run", "--steps", 6, "--lr", 0.02)
     saved = checkpoint("run")
-    saved["state"]["average"]["mapping.second.bias"] += 100
+    saved["state"]["average"][last_bias] += 100
     torch.save(saved, "run/checkpoint.pt")
-    G = stylegan2.Generator(6, 8, 3, 16).eval()
-    G.load_state_dict(saved["state"]["average"])
-    recorded_w = []
-    synthesise = stylegan2.Generator.synthesise
+    average = copy.deepcopy(open_script(name).G).eval()
+    average.load_state_dict(saved["state"]["average"])
+
+    used, synthesise = [], module.Generator.synthesise
     monkeypatch.setattr(
-        stylegan2.Generator,
+        module.Generator,
         "synthesise",
-        lambda G, w: recorded_w.append(w) or synthesise(G, w),
+        lambda G, w, *stage: used.append(w) or synthesise(G, w, *stage),
     )
+    mapped = recorded(monkeypatch, "forward", module.Mapping)
     for truncation in (0, 0.5, 1):
         flags = f"--out-dir run --device cpu --generate 4 --seed 3 --truncation {truncation}"
-        stylegan2.main(flags.split())
+        module.main(flags.split())
         shutil.rmtree("run/generated")
-    none, half, whole = recorded_w
+    none, half, whole = used
+    assert torch.allclose(whole, mapped[-1], atol=1e-4)
     with torch.no_grad():
-        mean_w = G.mapping(torch.randn(10_000, 6)).mean(0)
+        mean_w = average.mapping(torch.randn(10_000, 6)).mean(0)
     assert torch.allclose(none, mean_w.expand(4, -1), atol=0.05)
-    assert torch.allclose(half, (none + whole) / 2, atol=1e-5)
+    assert torch.allclose(half, (none + whole) / 2, atol=1e-4)
     assert whole.std(0).max() > 0.1

@@ -119,7 +119,7 @@ def test_the_batch_size_is_the_total_and_one_process_can_go_on(both):
     assert checkpoint(folder / "whole")["args"]["batch_size"] == 4
     assert json.loads((folder / "whole" / "args.json").read_text())["batch_size"] == 4
     run = Path(folder, "whole")
-    train("dcgan", run, "--resume", "--steps", 7, data=folder / "pictures", small="")
+    train("dcgan", run, "--resume", "--steps", 7, data=folder / "pictures", small=False)
     assert checkpoint(run)["args"]["batch_size"] == 4 and checkpoint(run)["step"] == 7
 
 

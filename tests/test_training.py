@@ -238,10 +238,11 @@ def test_the_loop(name, monkeypatch):
     assert abs(float(first.split(",")[1]) - time.time()) < 600
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["gan", "dcgan", "cgan"])
 def test_grids_show_the_same_z(name, monkeypatch):
     """Every grid is what the G of its step makes of the z that was drawn before the first step, in
-    evaluation mode; cgan: one class per column."""
+    evaluation mode; cgan: one class per column. Other scripts have dcgan.py's text
+    (test_siblings.py)."""
     grids, save_grid = [], common.save_grid
     monkeypatch.setattr(
         common, "save_grid", lambda *a: grids.append((a[1], a[2].clone(), a[3:])) or save_grid(*a)
@@ -356,19 +357,19 @@ def test_defaults_are_the_papers(name):
 QUICK = [
     "gan --steps 250 --width 100",
     "dcgan --steps 150 --width 12",
-    "cgan --steps 200 --width 12",
-    "lsgan --steps 180 --width 12",
+    "cgan --steps 220 --width 12",
+    "lsgan --steps 210 --width 12",
     "wgan --steps 120 --width 12 --n-critic 2",
     "wgan_gp --steps 100 --width 12 --n-critic 2",
     "sngan --steps 120 --width 6",
-    "tricks --steps 110 --width 16 --lr 1e-3 --feature-matching",
-    "tricks --steps 110 --width 16 --lr 1e-3 --diffaug color translation cutout",
-    "ebgan --steps 200 --width 8 --batch-size 4 --z-dim 6 --lr 3e-3",
+    "tricks --steps 130 --width 16 --lr 1e-3 --feature-matching",
+    "tricks --steps 130 --width 16 --lr 1e-3 --diffaug color translation cutout",
+    "ebgan --steps 240 --width 8 --batch-size 4 --z-dim 6 --lr 3e-3",
     "began --steps 160 --width 8 --batch-size 4 --z-dim 6 --lr 3e-3",
     "progan --steps 140 --width 8 --batch-size 4 --z-dim 6 --lr 6e-3 --stage-steps 20 --gamma 1",
-    "stylegan --steps 110 --width 8 --batch-size 4 --z-dim 6 --lr 1e-2 --stage-steps 10 --r1 0.1",
-    "stylegan2 --steps 100 --width-at-64 2 --batch-size 4 --z-dim 16 --lr 2e-2",
-    "r3gan --steps 120 --width 8 --z-dim 6 --lr 4e-3 --lr-end 2e-3",
+    "stylegan --steps 120 --width 8 --batch-size 4 --z-dim 6 --lr 1e-2 --stage-steps 10 --r1 0.1",
+    "stylegan2 --steps 120 --width-at-64 2 --batch-size 4 --z-dim 16 --lr 2e-2",
+    "r3gan --steps 100 --width 8 --batch-size 4 --z-dim 6 --lr 4e-3 --lr-end 2e-3",
 ]
 
 
@@ -392,12 +393,12 @@ def test_learns_one_picture(command, monkeypatch):
     SCRIPTS[name].main(["--generate", "8", *run])
     files = sorted(Path("run", "generated").iterdir())
     assert len(files) == 8
-    limit = 60 if name == "r3gan" else 45
     for file in files:
         kind = int(file.stem.endswith("class1"))
         image = np.asarray(Image.open(file), float)
         distance = [np.abs(image - picture(k)).mean() for k in (kind, 1 - kind)]
-        assert distance[0] < limit and distance[0] < distance[1], f"{file}: {distance}"
+        # The nearest image of a single colour has a distance of 39.3.
+        assert distance[0] < 39 and distance[0] < distance[1], f"{file}: {distance}"
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_the_average_of_G_draws_the_grids(name, flags, stage, monkeypatch):
     train(name, "run", "--steps", 6, "--lr", 0.02, *flags.split())
     saved, drawn = checkpoint("run")["state"], first_image("run", 6)
     for part, close in (("average", True), ("G", False)):
-        G = module.Generator(6, 8, 3, 16)
+        G = module.Generator(6, 2 if name == "stylegan2" else 8, 3, 16)
         G.load_state_dict(saved[part])
         with torch.no_grad():
             image = interpolate(G.eval()(saved["fixed_z"], *stage), 16)[0].clamp(-1, 1)
@@ -448,7 +449,8 @@ def test_z_is_uniform(name, lowest, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ssgan", "ebgan", "began", *LARGE])
 def test_each_update_has_noise_and_images_of_its_own(name, monkeypatch):
-    """As the seven, whose test above looks closer."""
+    """Counts what is drawn. For the seven, test_every_batch_and_every_noise_is_used_once also looks
+    at what it is used for."""
     _, update, n = open_update(name, n_critic=2)
     drawn, real = [], recorded(monkeypatch, "sample_batch")
     for function in (torch.randn, torch.rand):
@@ -475,7 +477,7 @@ def results(name, *flags):
 OWN_FLAGS = {"gan": ["--saturating"], "lsgan": ["--a 0.3", "--b 0.7", "--c 0.6"]}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "ebgan", "began"])
 def test_every_flag_changes_something(name):
     """Those whose effect no other test measures."""
     base = results(name)

@@ -182,6 +182,10 @@ def test_minibatch_discrimination():
     (grad,) = torch.autograd.grad(out[0, 1, 0, 0], h)
     assert grad[1, 0, 0, 0].item() == pytest.approx(-2 * e[0], rel=1e-5)
 
+    run = open_script("tricks", "--minibatch-kernels", 3)
+    layers = [m for m in run.D.modules() if isinstance(m, tricks.MinibatchDiscrimination)]
+    assert len(layers) == 1 and layers[0].linear.weight.shape[0] == 3 * 5
+
 
 def test_r1(monkeypatch):
     """gamma / 2 of the penalty in loss_D, at real images; no batch norm, He."""
@@ -266,7 +270,7 @@ def test_the_rates_fall_linearly(monkeypatch):
     train("tricks", "falling", "--steps", 10, "--lr", 0.01, "--decay")
     expected = [0.01 * (10 - k) / 10 for k in range(10)]
     assert rates[::2] == pytest.approx(expected) and rates[1::2] == pytest.approx(expected)
-    train("tricks", "falling", "--resume", "--steps", 20, small="")
+    train("tricks", "falling", "--resume", "--steps", 20, small=False)
     assert rates[20] == pytest.approx(0.01 * 10 / 20), "as --steps has it"
 
 

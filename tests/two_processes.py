@@ -58,7 +58,7 @@ results["betas"] = betas
 seen = {}
 train("dcgan", "whole", "--steps", 6, "--save-every", 2, "--log-every", 1)
 train("dcgan", "parts", "--steps", 4, "--save-every", 2, "--log-every", 1)
-train("dcgan", "parts", "--steps", 6, "--resume", small="")
+train("dcgan", "parts", "--steps", 6, "--resume", small=False)
 
 try:
     loss = float("nan") if common.rank() == 1 else 0.0
