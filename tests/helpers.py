@@ -124,7 +124,7 @@ SMALL_WIDTH = {
 
 
 def small_flags(name):
-    """Flags with which a script's networks are small: 8 channels at 16x16."""
+    """Flags with which a script's networks are small."""
     width = SMALL_WIDTH.get(name, "--width 8")
     return f"--image-size 16 --batch-size 4 --z-dim 6 {width}".split()
 

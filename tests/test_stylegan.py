@@ -1,4 +1,4 @@
-"""stylegan.py: its layers by hand, mixed styles, truncation, growing from 8x8, and one picture."""
+"""stylegan.py: its layers by hand, mixed styles, and growing from 8x8."""
 
 import pytest
 import torch

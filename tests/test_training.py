@@ -417,8 +417,9 @@ def test_the_average_of_G_draws_the_grids(name, flags, stage, monkeypatch):
     monkeypatch.setattr(module, "move_average", lambda average, G, _: move(average, G, 0.5))
     train(name, "run", "--steps", 6, "--lr", 0.02, *flags.split())
     saved, drawn = checkpoint("run")["state"], first_image("run", 6)
+    width = 2 if name == "stylegan2" else 8
     for part, close in (("average", True), ("G", False)):
-        G = module.Generator(6, 2 if name == "stylegan2" else 8, 3, 16)
+        G = module.Generator(6, width, 3, 16)
         G.load_state_dict(saved[part])
         with torch.no_grad():
             image = interpolate(G.eval()(saved["fixed_z"], *stage), 16)[0].clamp(-1, 1)
