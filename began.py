@@ -16,8 +16,8 @@ reconstructs easily, such as ones on MNIST. With 2, all ten digits appear, crude
 (docs/experiments.md).
 
 Differs from ebgan.py in: the error is absolute, k takes the place of the margin, and there is no
-pulling-away term; the networks have no normalisation. log.csv also has k and M, the paper's measure
-of convergence.
+pulling-away term; the networks have no normalisation, and other layers; z is uniform; the learning
+rate halves. k and M, the paper's measure of convergence, are logged, too.
 
 Deviations from the paper (more in docs/papers.md): the learning rate halves every --halve-every
 steps, not when M no longer falls; no skip connections.
@@ -223,7 +223,7 @@ def main(argv=None):
     update = runs.cuda_graph(args, data, update)
     progress = runs.steps(args, done)
     for step in progress:
-        # The learning rate of this step.
+        # The learning rate of this step. After --resume, each optimiser has a tensor of its own.
         halvings = (step - 1) // args.halve_every
         for opt in (opt_G, opt_D):
             opt.param_groups[0]["lr"].fill_(args.lr / 2**halvings)

@@ -89,7 +89,8 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """Images (N, channels, image_size, image_size) -> energies (N,), at least 0: the distance from
-    their reconstruction. `encoder(x)` gives their codes, (N, 256, 4, 4) at the default width."""
+    their reconstruction. `encoder(x)` gives their codes, (N, 256, 4, 4) at the default width
+    and size."""
 
     def __init__(self, width, channels, image_size):
         super().__init__()

@@ -1,6 +1,6 @@
 """Eight Gaussians: ten methods of training a GAN on a mixture that you can plot.
 
-    python eight_gaussians.py                    all ten: about two minutes of one CPU core
+    python eight_gaussians.py                    all ten: about three minutes of one CPU core
     python eight_gaussians.py --only gan-slow-d  one of them
 
 The real points come from eight Gaussians on a circle. G maps noise to points, and D scores points.

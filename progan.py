@@ -181,7 +181,7 @@ class Discriminator(nn.Module):
         super().__init__()
         # 128 x 4x4: the last block, with the deviation over the whole batch
         c = channels_at(4, width)
-        layers = [MinibatchDeviation(math.inf), Conv(c + 1, c, 3), nn.LeakyReLU(0.2)]
+        layers = [MinibatchDeviation(group=math.inf), Conv(c + 1, c, 3), nn.LeakyReLU(0.2)]
         layers += [nn.Flatten(), Linear(c * 16, c), nn.LeakyReLU(0.2), Linear(c, 1, gain=1.0)]
         self.blocks = nn.ModuleList([nn.Sequential(*layers)])
         self.from_rgb = nn.ModuleList([nn.Sequential(Conv(channels, c, 1), nn.LeakyReLU(0.2))])
@@ -349,14 +349,13 @@ def main(argv=None):
     for step in progress:
         stage, fade = stage_and_fade(step, args.stage_steps, args.image_size)
         if fade is not None:
-            fade_tensor.fill_(fade)
+            fade = fade_tensor.fill_(fade)
         if step in changes:
             opt_G.state.clear()
             opt_D.state.clear()
         if step in changes or step == done + 1:
             # Each stage has a CUDA graph of its own, and so has its fade.
-            fade_input = None if fade is None else fade_tensor
-            update_now = functools.partial(update, stage, fade_input)
+            update_now = functools.partial(update, stage, fade)
             update_now = runs.cuda_graph(args, data, update_now)
         values = update_now()
         move_average(average, G, 0.999)

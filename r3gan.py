@@ -12,9 +12,9 @@ which of the two looks more real. Only the difference of their scores matters. T
 make D flat around both kinds of images; the paper proves local convergence with either of them.
 
 Differs from stylegan2.py in: pairs in both losses; R2 beside R1, both at every step; residual
-networks, without normalisation, styles, noise, minibatch deviation and images at the smaller sizes;
-the learning rate, gamma, Adam's beta2 and the half-life of G's average change in the course of a
-run.
+networks, without normalisation, equalised learning rates, styles, noise, minibatch deviation and
+images at the smaller sizes; the learning rate, gamma, Adam's beta2 and the half-life of G's average
+change in the course of a run.
 
 Deviations from the authors' settings for CIFAR-10 (more in docs/papers.md): the batch size is 64,
 not 512; no labels, no augmentation, no bfloat16; the schedules span --steps.
@@ -41,12 +41,7 @@ def parse_args(argv=None):
     p = ArgumentParser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=runs.positive_int, default=64, help="images per update")
     p.add_argument("--z-dim", type=runs.positive_int, default=64, help="dimensions of z")
-    p.add_argument(
-        "--width",
-        type=runs.positive_int,
-        default=768,
-        help="channels at all sizes, a multiple of 8: sets size and speed",
-    )
+    p.add_argument("--width", type=runs.positive_int, default=768, help="channels, a multiple of 8")
     p.add_argument("--lr", type=float, default=2e-4, help="learning rate at the start")
     p.add_argument("--lr-end", type=float, default=5e-5, help="the same at the end")
     p.add_argument("--beta2", type=float, default=0.9, help="Adam's beta2 at the start")

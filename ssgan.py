@@ -13,7 +13,7 @@ With s = log sum_k exp(l_k), "real" has the probability sigmoid(s). G matches D'
 
 Differs from gan.py in: D classifies, and learns from a few labelled images as well; it has weight
 norm and noise in place of maxout and dropout; G matches features; the test error is that of an
-average of D's weights.
+average of D's weights; z is uniform in [0, 1).
 
 Deviations from the authors' code (more in docs/papers.md): images are 32x32; unlabelled images are
 drawn with replacement, not in epochs; the average moves faster at first.
@@ -276,7 +276,7 @@ def main(argv=None):
 
     def update():
         """One step: n_critic updates of D, each on its own minibatch, then one of G."""
-        # D: minimise d_loss_labelled + d_loss_unlabelled, with G fixed.
+        # D: minimise d_loss_labelled + unlabelled_weight * d_loss_unlabelled, with G fixed.
         D.requires_grad_(True)
         for _ in range(args.n_critic):
             x, y = labelled_batch()

@@ -8,14 +8,14 @@ the features of its last hidden layer. G1 draws h from a label y and noise z1, a
 and noise z0. Each D has a second head, Q1 or Q0, which recovers the noise.
 
     E:   min  E[-log p(y | h)]
-    D1:  min  -1/2 E[log sigmoid(D1(h))] - 1/2 E[log(1 - sigmoid(D1(G1(y, z1))))]
-              + 10 E[(Q1(G1(y, z1)) - z1)^2]
-    G1:  min  -E[log sigmoid(D1(G1(y, z1)))] + E[-log p(y | G1(y, z1))]
-              + 10 E[(Q1(G1(y, z1)) - z1)^2]
-    D0:  min  -1/2 E[log sigmoid(D0(x))] - 1/2 E[log(1 - sigmoid(D0(G0(h, z0))))]
-              + 10 E[(Q0(G0(h, z0)) - z0)^2]
-    G0:  min  -E[log sigmoid(D0(G0(h, z0)))] + E[(Enc(G0(h, z0)) - h)^2]
-              + 10 E[(Q0(G0(h, z0)) - z0)^2]
+    D1:  min  -1/2 E[log sigmoid(D1(h))] - 1/2 E[log(1 - sigmoid(D1(G1(z1, y))))]
+              + 10 E[(Q1(G1(z1, y)) - z1)^2]
+    G1:  min  -E[log sigmoid(D1(G1(z1, y)))] + E[-log p(y | G1(z1, y))]
+              + 10 E[(Q1(G1(z1, y)) - z1)^2]
+    D0:  min  -1/2 E[log sigmoid(D0(x))] - 1/2 E[log(1 - sigmoid(D0(G0(z0, h))))]
+              + 10 E[(Q0(G0(z0, h)) - z0)^2]
+    G0:  min  -E[log sigmoid(D0(G0(z0, h)))] + E[(Enc(G0(z0, h)) - h)^2]
+              + 10 E[(Q0(G0(z0, h)) - z0)^2]
 
 The last term of each is the entropy loss: without it, G could ignore the noise. From step
 --joint-from on, G0 gets the features that G1 draws instead of E's, and has them as its target.
@@ -239,7 +239,7 @@ def label_loss(logits, y):
 
 
 def feature_loss(h_fake, h):
-    """E[(Enc(G0(h, z0)) - h)^2] from features (N, F), a mean over all: what the paper calls the
+    """E[(Enc(G0(z0, h)) - h)^2] from features (N, F), a mean over all: what the paper calls the
     conditional loss of G0."""
     return (h_fake - h).square().mean()
 
@@ -369,7 +369,8 @@ def main(argv=None):
 
         losses = {"loss_D1": loss_D1, "loss_G1": loss_G1, "loss_D0": loss_D0, "loss_G0": loss_G0}
         parts = {"loss_label": loss_label, "loss_feature": loss_feature}
-        return {**losses, **scores, **parts, "loss_z1": loss_z1, "loss_z0": loss_z0}
+        entropy = {"loss_z1": loss_z1, "loss_z0": loss_z0}
+        return {**losses, **scores, **parts, **entropy}
 
     @torch.no_grad()
     def sample(z, y):

@@ -14,7 +14,7 @@ instance norm in place of pixel norm; both networks blur where the size changes;
 R1 take the place of WGAN-GP; the images are 8x8 at first; D's statistic is of groups of 4 images.
 
 Deviations from the authors' code (more in docs/papers.md), which has no settings for 32x32:
---stage-steps is 2,500 in a run of 20,000 instead of 9,375 in one of 400,000; the batch size is the
+--stage-steps is 2,500 in a run of 20,000 instead of 9,375 in one of 390,000; the batch size is the
 same at all sizes.
 
 A run on MNIST, scored in docs/results.md:
@@ -448,20 +448,19 @@ def main(argv=None):
     n_changes = 2 * (last_stage(args.image_size) - 1)
     changes = [k * args.stage_steps + 1 for k in range(1, n_changes + 1)]
 
-    # Train. The half-life of the average is 10,000 images; args.batch_size is that of this process.
+    # Train. n_images are those of all processes. The half-life of the average is 10,000 images.
     n_images = args.batch_size * common.world_size()
     progress = runs.steps(args, done)
     for step in progress:
         stage, fade = stage_at(step)
         if fade is not None:
-            fade_tensor.fill_(fade)
+            fade = fade_tensor.fill_(fade)
         if step in changes:
             opt_G.state.clear()
             opt_D.state.clear()
         if step in changes or step == done + 1:
             # Each stage has a CUDA graph of its own, and so has its fade.
-            fade_input = None if fade is None else fade_tensor
-            update_now = functools.partial(update, stage, fade_input)
+            update_now = functools.partial(update, stage, fade)
             update_now = runs.cuda_graph(args, data, update_now)
         values = update_now()
         move_average(average, G, 0.5 ** (n_images / 10_000))

@@ -167,7 +167,7 @@ class ModulatedConv(nn.Module):
 
 class Layer(nn.Module):
     """x (N, n_in, S, S), w (N, w_dim) -> (N, n_out, size, size): a modulated convolution, noise and
-    a nonlinearity (section 2.1, figure 2c)."""
+    a nonlinearity (section 2.2, figure 2d)."""
 
     def __init__(self, n_in, n_out, size, w_dim, up=False):
         super().__init__()
@@ -216,7 +216,7 @@ class Generator(nn.Module):
     [-1, 1], where the real ones are: there is no tanh.
 
     Each size adds its picture to the enlarged one of the size before: section 4.1, figure 7b. Sizes
-    are powers of 2. The comments give the shapes at the default size.
+    are powers of 2. The comments give the shapes at the default width and size.
     """
 
     def __init__(self, z_dim, width, channels, image_size):
@@ -440,7 +440,7 @@ def main(argv=None):
         average.load_state_dict(G.state_dict())  # --init may have replaced G
         common.save_grid(args, 0, sample(fixed_z))
 
-    # Train. args.batch_size is that of this process.
+    # Train. n_images are those of all processes.
     n_images = args.batch_size * common.world_size()
     update = runs.cuda_graph(args, data, update)
     update_r1 = runs.cuda_graph(args, data, update_r1)

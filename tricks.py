@@ -417,6 +417,7 @@ def main(argv=None):
         left = 1 - (step - 1) / args.steps
         fade.fill_(left)
         if args.decay:
+            # After --resume, each optimiser has a tensor of its own.
             for opt in (opt_G, opt_D):
                 opt.param_groups[0]["lr"].fill_(args.lr * left)
         values = update()
