@@ -81,6 +81,14 @@ def scored(folder, data_dir, capsys, *flags):
     return json.loads(out)
 
 
+def test_other_labels_need_another_classifier(tmp_path):
+    """Own images that are sorted into other folders are not scored by the classifier of before."""
+    images = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
+    for labels in ([0, 0, 1, 1], [0, 1, 1, 1]):
+        quality.trained_classifier("own", images, torch.tensor(labels), 2, tmp_path, "cpu", 1)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_program(tmp_path, data_dir, capsys, monkeypatch):
     """Real digits score like the floor, a collapsed set badly; the same twice; the classifier is
     kept."""

@@ -91,6 +91,7 @@ def test_a_copy_reads_a_folder_of_class_folders(copies, monkeypatch):
     [
         ("tricks.py mine.py", "tricks.py uses more of common.py and runs.py than this can replace"),
         ("nothing.py mine.py", "nothing.py is not a script of this collection"),
+        ("common.py mine.py", "common.py is not a script of this collection"),
         ("dcgan.py there.py", "there.py exists: choose another name"),
     ],
 )

@@ -82,8 +82,8 @@ def measure(name, argv, rounds, seconds):
     run = SimpleNamespace(step=None, started=None)
 
     def now():
-        if run.args.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        if run.args.device != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
     def start_run(args, data, state, start_run=runs.start_run):

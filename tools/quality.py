@@ -121,8 +121,9 @@ def real_images(dataset, data_dir):
 def trained_classifier(dataset, images, labels, n_classes, cache_dir, device, steps):
     """The classifier of a dataset's training images, from its cache or trained with Adam for
     `steps` batches of 128."""
-    digest = hashlib.sha256(images.numpy()).hexdigest()[:8]
-    path = Path(cache_dir, f"{Path(dataset).name}-{steps}-{digest}.pt")
+    digest = hashlib.sha256(images.numpy())
+    digest.update(labels.numpy())
+    path = Path(cache_dir, f"{Path(dataset).name}-{steps}-{digest.hexdigest()[:8]}.pt")
 
     torch.manual_seed(0)
     net = Classifier(images.shape[1], n_classes).to(device)

@@ -5,8 +5,8 @@
 The docstring, networks, losses, updates, and the script's own flags with their defaults stay as
 they are. The calls of common.py and runs.py become a few plain lines, which load MNIST,
 Fashion-MNIST, CIFAR-10 or a folder of class folders (in colour), save a grid of images now and
-then, and the weights at the end. Resuming, the log, CUDA graphs, several GPUs, a seed for each step
-and the checks of the input are lost.
+then, and the weights at the end. Lost are --resume, --init, --generate and the flags for it, the
+log, CUDA graphs, several GPUs, a seed for each step and the checks of the input.
 
 tricks.py, ssgan.py and eight_gaussians.py use more of the collection than this can replace.
 """
@@ -116,12 +116,15 @@ REPLACEMENTS = [
     ("common.say(", "print("),
     (", disable=common.rank() > 0", ""),
     ("args.batch_size * common.world_size()", "args.batch_size"),
-    ("; args.batch_size is that of this process", ""),
-    ("# Train. args.batch_size is that of this process.", "# Train."),
+    (" n_images are those of all processes.", ""),
     ("    update = runs.cuda_graph(args, data, update)\n", ""),
     ("    update_r1 = runs.cuda_graph(args, data, update_r1)\n", ""),
     ("            update_now = runs.cuda_graph(args, data, update_now)\n", ""),
     ("            # Each stage has a CUDA graph of its own, and so has its fade.\n", ""),
+    (" A CUDA graph\n    # needs that as a tensor.", ""),
+    (" A CUDA graph needs it as a tensor.", ""),
+    (", so a CUDA graph needs it as a tensor.", ", so it is a tensor."),
+    (" Adam's beta2 changes, which a CUDA graph cannot follow, so none is used.", ""),
     ("step == done + 1", "step == 1"),
     ("def train_encoder(args, data, E):", "def train_encoder(args, images, labels, E):"),
 ]
@@ -230,7 +233,8 @@ def main(argv=None):
         fail(f"{args.script.name} uses more of common.py and runs.py than this can replace")
     source = ROOT / args.script.name
     is_another = args.script.exists() and args.script.resolve() != source.resolve()
-    if is_another or not source.is_file():
+    is_shared = source.name in ("common.py", "runs.py")
+    if is_another or is_shared or not source.is_file():
         fail(f"{args.script} is not a script of this collection")
     if args.target.exists():
         fail(f"{args.target} exists: choose another name")
