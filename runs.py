@@ -449,6 +449,14 @@ def load_state(file, data, state):
     """Loads the parts of `state` from a checkpoint file and returns the number of its steps.
     Reports how the data differ. Exits with an error if it cannot be read or does not fit."""
     saved = read_checkpoint(file)
+    before = saved["data"]
+    if before["number"] != data.number:
+        common.say(f"the data were {before['number']:,} images, and are {data.number:,} now")
+    if before["classes"] != data.classes:
+        was = common.first_ten(before["classes"]) or "none"
+        now = common.first_ten(data.classes) or "none"
+        common.say(f"the classes were {was}, and are {now} now: they are matched by their order")
+
     for name, part in state.items():
         if name not in saved["state"]:
             common.fail(f"{file} does not fit: it has no {name}")
@@ -458,14 +466,6 @@ def load_state(file, data, state):
             # The last line of PyTorch's message has the shapes.
             last_line = str(error).strip().splitlines()[-1].strip()
             common.fail(f"{file} does not fit: {name}: {last_line}")
-
-    before = saved["data"]
-    if before["number"] != data.number:
-        common.say(f"the data were {before['number']:,} images, and are {data.number:,} now")
-    if before["classes"] != data.classes:
-        was = common.first_ten(before["classes"]) or "none"
-        now = common.first_ten(data.classes) or "none"
-        common.say(f"the classes were {was}, and are {now} now: they are matched by their order")
     return saved["step"]
 
 

@@ -334,6 +334,7 @@ def test_resume_and_init_say_how_the_data_differ(capsys):
     write_mnist("data")
     with pytest.raises(SystemExit, match=r"does not fit: G: size mismatch for net\."):
         train("dcgan", "run", "--steps", 7, "--resume", data="mnist")
+    assert "the classes were class0, class7, and are 0 - zero" in capsys.readouterr().err
     assert checkpoint("run")["step"] == 6
 
 

@@ -150,10 +150,23 @@ def test_own_images(tmp_path, capsys):
                 image.resize((64, 64)).save(fake)
 
     flags = ["--cache-dir", str(tmp_path / "cache"), "--device", "cpu", "--classifier-steps", "30"]
-    quality.main([str(tmp_path / "real"), str(tmp_path / "fake"), *flags])
-    result = json.loads(capsys.readouterr().out)
+    folders = [str(tmp_path / "real"), str(tmp_path / "fake")]
+    pairs = tmp_path / "pairs.png"
+    quality.main([*folders, *flags, "--neighbours", str(pairs)])
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert f"{result['images']} images are too few" in err
     assert result["classes"] == 2 and result["label_accuracy"] > 0.9
     assert result["distance"] < 3 * result["floor"]["distance"] and result["floor"]["distance"] > 0
+    nearest = np.asarray(Image.open(pairs))[36:68, :, 0]
+    first = images[(labels == 3) | (labels == 8)][:10, 0]
+    for k in range(10):
+        assert np.array_equal(nearest[:, 34 * k + 2 : 34 * k + 34], first[k]), "of both halves"
+    before = pairs.read_bytes()
+    with pytest.raises(SystemExit):
+        quality.main([*folders, *flags, "--neighbours", str(pairs)])
+    assert "exists: choose another --neighbours" in capsys.readouterr().err
+    assert pairs.read_bytes() == before
     with pytest.raises(SystemExit, match="there is no folder"):
         quality.main(["cifar", str(tmp_path / "fake"), *flags])
     with pytest.raises(SystemExit, match="has no subfolder per class"):

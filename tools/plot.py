@@ -71,7 +71,7 @@ def main(argv=None):
         plot(args.runs, file)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}: pip install matplotlib")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # matplotlib's ValueError is for an unknown ending
         sys.exit(f"error: {error}")
     print(file)
 

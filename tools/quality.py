@@ -131,6 +131,7 @@ def trained_classifier(dataset, images, labels, n_classes, cache_dir, device, st
         net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return net.eval()
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
     args = SimpleNamespace(batch_size=128, device=device)
@@ -143,7 +144,6 @@ def trained_classifier(dataset, images, labels, n_classes, cache_dir, device, st
         optimiser.step()
         schedule.step()
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     with runs.atomic_write(path) as f:
         torch.save(net.state_dict(), f)
     return net.eval()
@@ -229,6 +229,8 @@ def main(argv=None):
         help="write up to 10 images to FILE, each above its nearest training image",
     )
     args = p.parse_args(argv)
+    if args.neighbours and os.path.exists(args.neighbours):
+        p.error(f"{args.neighbours} exists: choose another --neighbours")
 
     # The images come first, so that a wrong folder is reported before the classifier is trained.
     fake, labels = read_folder(args.folder)
@@ -244,10 +246,15 @@ def main(argv=None):
         labels = torch.tensor([index_of[number] for number in labels.tolist()])
 
     if args.neighbours:
+        # G was trained on all images of a folder.
+        known = train if args.dataset in common.DATASETS else torch.cat([train, test])
         first = fake[:10]
-        nearest = torch.cdist(first.flatten(1).float(), train.flatten(1).float()).argmin(1)
-        pairs = torch.cat([first, train[nearest]]) / 255
-        save_image(pairs, args.neighbours, nrow=len(first))
+        nearest = torch.cdist(first.flatten(1).float(), known.flatten(1).float()).argmin(1)
+        pairs = torch.cat([first, known[nearest]]) / 255
+        try:
+            save_image(pairs, args.neighbours, nrow=len(first))
+        except (OSError, ValueError) as error:
+            common.fail(f"{args.neighbours} cannot be written ({common.reason(error)})")
 
     net = trained_classifier(
         args.dataset,
@@ -266,6 +273,8 @@ def main(argv=None):
     test, test_labels = test[order], test_labels[order]
 
     result = score(net, train, fake, labels)
+    if result["images"] < 1000:
+        common.warn(f"{result['images']} images are too few for a score that means much")
     floor = score(net, train[: len(fake)], test[: len(fake)], test_labels[: len(fake)])
     print(json.dumps({"folder": str(args.folder), **result, "floor": floor}, indent=1))
     print(
