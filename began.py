@@ -16,8 +16,8 @@ reconstructs easily, such as ones on MNIST. With 2, all ten digits appear, crude
 (docs/experiments.md).
 
 Differs from ebgan.py in: the error is absolute, k takes the place of the margin, and there is no
-pulling-away term; the networks have no normalisation, and other layers; z is uniform; the learning
-rate halves. k and M, the paper's measure of convergence, are logged, too.
+pulling-away term; the networks have other layers, no normalisation and no tanh; z is uniform; the
+learning rate halves. k and M, the paper's measure of convergence, are logged, too.
 
 Deviations from the paper (more in docs/papers.md): the learning rate halves every --halve-every
 steps, not when M no longer falls; no skip connections.

@@ -349,6 +349,7 @@ def main(argv=None):
     for step in progress:
         stage, fade = stage_and_fade(step, args.stage_steps, args.image_size)
         if fade is not None:
+            # In place, because the update that a graph replays reads this tensor.
             fade = fade_tensor.fill_(fade)
         if step in changes:
             opt_G.state.clear()

@@ -12,8 +12,8 @@ With s = log sum_k exp(l_k), "real" has the probability sigmoid(s). G matches D'
     G:  min  mean_i (E[f_i(x)] - E[f_i(G(z))])^2        unlabelled images
 
 Differs from gan.py in: D classifies, and learns from a few labelled images as well; it has weight
-norm and noise in place of maxout and dropout; G matches features; the test error is that of an
-average of D's weights; z is uniform in [0, 1).
+norm and noise in place of maxout and dropout; G has batch norm, and matches features; z is uniform
+in [0, 1); the test error is that of an average of D's weights.
 
 Deviations from the authors' code (more in docs/papers.md): images are 32x32; unlabelled images are
 drawn with replacement, not in epochs; the average moves faster at first.

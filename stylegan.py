@@ -454,6 +454,7 @@ def main(argv=None):
     for step in progress:
         stage, fade = stage_at(step)
         if fade is not None:
+            # In place, because the update that a graph replays reads this tensor.
             fade = fade_tensor.fill_(fade)
         if step in changes:
             opt_G.state.clear()

@@ -74,6 +74,13 @@ def test_the_copies_are_formatted_and_without_leftovers(copies):
         assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("name", COPIED)
+def test_a_copy_does_not_speak_of_what_it_lacks(name, copies):
+    text = (copies / f"{name}.py").read_text("utf-8")
+    lacking = ("--resume", "--init", "--generate", "log.csv", "CUDA graph", "replay", "processes")
+    assert not [word for word in lacking if word in text]
+
+
 def test_a_copy_reads_a_folder_of_class_folders(copies, monkeypatch):
     picture_folder(Path("pictures"), (0, 1), classes=True)
     monkeypatch.syspath_prepend(copies)

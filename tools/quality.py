@@ -246,11 +246,11 @@ def main(argv=None):
         labels = torch.tensor([index_of[number] for number in labels.tolist()])
 
     if args.neighbours:
-        # G was trained on all images of a folder.
-        known = train if args.dataset in common.DATASETS else torch.cat([train, test])
+        # What G was trained on: of a folder, both halves.
+        seen = train if args.dataset in common.DATASETS else torch.cat([train, test])
         first = fake[:10]
-        nearest = torch.cdist(first.flatten(1).float(), known.flatten(1).float()).argmin(1)
-        pairs = torch.cat([first, known[nearest]]) / 255
+        nearest = torch.cdist(first.flatten(1).float(), seen.flatten(1).float()).argmin(1)
+        pairs = torch.cat([first, seen[nearest]]) / 255
         try:
             save_image(pairs, args.neighbours, nrow=len(first))
         except (OSError, ValueError) as error:
@@ -274,7 +274,7 @@ def main(argv=None):
 
     result = score(net, train, fake, labels)
     if result["images"] < 1000:
-        common.warn(f"{result['images']} images are too few for a score that means much")
+        common.warn(f"{result['images']} images are too few for a meaningful score")
     floor = score(net, train[: len(fake)], test[: len(fake)], test_labels[: len(fake)])
     print(json.dumps({"folder": str(args.folder), **result, "floor": floor}, indent=1))
     print(

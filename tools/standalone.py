@@ -5,8 +5,9 @@
 The docstring, networks, losses, updates, and the script's own flags with their defaults stay as
 they are. The calls of common.py and runs.py become a few plain lines, which load MNIST,
 Fashion-MNIST, CIFAR-10 or a folder of class folders (in colour), save a grid of images now and
-then, and the weights at the end. Lost are --resume, --init, --generate and the flags for it, the
-log, CUDA graphs, several GPUs, a seed for each step and the checks of the input.
+then, and the weights at the end. A copy has no --resume, --init or --generate (nor --label and
+--truncation, which belong to it), no log, CUDA graphs, several GPUs or seed for each step, and does
+not check its input.
 
 tricks.py, ssgan.py and eight_gaussians.py use more of the collection than this can replace.
 """
@@ -124,6 +125,8 @@ REPLACEMENTS = [
     (" A CUDA graph\n    # needs that as a tensor.", ""),
     (" A CUDA graph needs it as a tensor.", ""),
     (", so a CUDA graph needs it as a tensor.", ", so it is a tensor."),
+    (" After --resume, each optimiser has a tensor of its own.", ""),
+    ("            # In place, because the update that a graph replays reads this tensor.\n", ""),
     (" Adam's beta2 changes, which a CUDA graph cannot follow, so none is used.", ""),
     ("step == done + 1", "step == 1"),
     ("def train_encoder(args, data, E):", "def train_encoder(args, images, labels, E):"),
