@@ -12,12 +12,13 @@ The energy of an image is D(x) = mean |Dec(Enc(x)) - x|, over all its pixels.
 
 gamma is the ratio of the two errors, E[D(G(z))] / E[D(x)], that k aims at: a lower one gives better
 but less varied images. With a gamma of at most 1, G can reach it by drawing only what D
-reconstructs easily, such as ones on MNIST. With 2, all ten digits appear, crudely drawn
+reconstructs easily, such as ones on MNIST. With 2, nearly all digits appear, crudely drawn
 (docs/experiments.md).
 
 Differs from ebgan.py in: the error is absolute, k takes the place of the margin, and there is no
 pulling-away term; the networks have other layers, no normalisation and no tanh; z is uniform; the
-learning rate halves. k and M, the paper's measure of convergence, are logged, too.
+learning rate halves; and the defaults. k is logged, too, and so is M, the paper's measure of
+convergence.
 
 Deviations from the paper (more in docs/papers.md): the learning rate halves every --halve-every
 steps, not when M no longer falls; no skip connections.
@@ -127,7 +128,7 @@ def conv_elu(n_in, n_out):
 
 
 def init_weights(m):
-    """Glorot's uniform weights and biases 0, as in the public code."""
+    """Glorot's uniform weights and biases 0, as in carpedm20/BEGAN-tensorflow."""
     if isinstance(m, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(m.weight)
         nn.init.zeros_(m.bias)
@@ -137,12 +138,12 @@ def init_weights(m):
 
 
 def d_loss(d_real, d_fake, k):
-    """E[D(x)] - k E[D(G(z))], from energies (N,): section 3.4."""
+    """E[D(x)] - k E[D(G(z))], from energies (N,): Berthelot et al. 2017, section 3.4."""
     return d_real.mean() - k * d_fake.mean()
 
 
 def g_loss(d_fake):
-    """E[D(G(z))], from energies (N,): section 3.4."""
+    """E[D(G(z))], from energies (N,): Berthelot et al. 2017, section 3.4."""
     return d_fake.mean()
 
 

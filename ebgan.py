@@ -12,11 +12,12 @@ G does not draw one image again and again.
     G:  min  E[D(G(z))] + pt_weight PT(S)
              PT = mean_{i != j} (S_i . S_j / (||S_i|| ||S_j||))^2
 
-Differs from dcgan.py in: D is an autoencoder, with dcgan.py's D as its encoder; the two losses.
+Differs from dcgan.py in: D is an autoencoder, whose encoder is dcgan.py's D without its last
+layer; the two losses; the batch size and the learning rate.
 
-Deviations from the paper: the networks are convolutional; the paper's for MNIST are fully
-connected. The margin is the paper's 10 for MNIST, with pixels in [-1, 1]; the paper does not state
-the range of its pixels.
+Deviations from the paper (more in docs/papers.md): the networks are convolutional; the paper's for
+MNIST are fully connected. The margin is the paper's 10 for MNIST, with pixels in [-1, 1]; the paper
+does not state the range of its pixels.
 
 A run on MNIST, scored in docs/results.md:
 
@@ -139,19 +140,19 @@ def init_weights(m):
 
 
 def d_loss(d_real, d_fake, margin):
-    """E[D(x)] + E[max(0, margin - D(G(z)))], from energies (N,): eq. 1. The margin is for
-    each fake, not for their mean, so those beyond it have no gradient."""
+    """E[D(x)] + E[max(0, margin - D(G(z)))], from energies (N,): Zhao et al. 2016, eq. 1. The
+    margin is for each fake, not for their mean, so those beyond it have no gradient."""
     return d_real.mean() + nn.functional.relu(margin - d_fake).mean()
 
 
 def g_loss(d_fake):
-    """E[D(G(z))], from energies (N,): eq. 2."""
+    """E[D(G(z))], from energies (N,): Zhao et al. 2016, eq. 2."""
     return d_fake.mean()
 
 
 def pulling_away(s):
     """PT, from 0 to 1: the mean squared cosine between the codes s (N, ...) of different images:
-    eq. 14."""
+    Zhao et al. 2016, eq. 14."""
     n = len(s)
     s = nn.functional.normalize(s.flatten(1))
     squares = (s @ s.T).square()

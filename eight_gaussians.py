@@ -64,7 +64,7 @@ class Method:
     colour: str
     lr: float = 2e-3
     lr_D: float | None = None  # None: the same as lr
-    betas: tuple = (0.5, 0.9)  # of Adam; the second is that of gan_toy.py
+    betas: tuple = (0.5, 0.9)  # of Adam, as in gan_toy.py
     n_critic: int = 1  # updates of D per update of G
     pairs: bool = False
     clip: float | None = None  # D's weights stay in [-clip, clip]; RMSprop takes Adam's place
@@ -75,7 +75,7 @@ class Method:
 
 
 saturating = functools.partial(gan.g_loss, saturating=True)
-no_momentum = (0.0, 0.9)  # a beta1 of 0, as the authors of R1 have it
+no_momentum = (0.0, 0.9)  # the authors of R1 train without momentum, too, but by RMSprop
 METHODS = {
     "gan": Method(gan.d_loss, gan.g_loss, "#d1495b", betas=no_momentum),
     "gan-slow-d": Method(gan.d_loss, gan.g_loss, "#8c2f39", lr_D=1e-4, betas=no_momentum),
@@ -132,13 +132,13 @@ def parse_args(argv=None):
 
 
 def mode_centres(modes):
-    """The middles of the Gaussians, (modes, 2), at equal distances on the circle."""
+    """The centres of the Gaussians, (modes, 2), equally spaced on a circle."""
     angle = torch.arange(modes) * (2 * math.pi / modes)
     return RADIUS * torch.stack([angle.cos(), angle.sin()], 1)
 
 
 def real_points(n, centres):
-    """n points of the mixture, (n, 2): each of a Gaussian that is drawn at random."""
+    """n points of the mixture, (n, 2): each from a Gaussian chosen at random."""
     middle = centres[torch.randint(len(centres), (n,))]
     return middle + STD * torch.randn(n, 2)
 
@@ -201,7 +201,7 @@ class Discriminator(nn.Module):
 
 
 def train(name, args):
-    """Trains with one of the METHODS. Returns G's points of the same noise, (2500, 2) each, at the
+    """Trains with one of the METHODS. Returns G's points for the same noise, (2500, 2) each, at the
     start and at MOMENTS moments after it. Exits with an error if they are not finite."""
     torch.manual_seed(args.seed)
     centres = mode_centres(args.modes)
@@ -282,7 +282,7 @@ def train(name, args):
 # pictures -----------------------------------------------------------------------------------------
 
 
-def panel(points, real, colour, size=150):
+def panel(points, real, colour, size):
     """A square image of the plane from -2.6 to 2.6, `size` pixels wide, in a frame: `real` points
     (M, 2) in grey, G's `points` (N, 2) in `colour`."""
     large = 3 * size  # reduced at the end, for smooth dots
@@ -297,12 +297,12 @@ def panel(points, real, colour, size=150):
 
 
 def write_pictures(kept, centres, steps, out_dir):
-    """Writes picture.png and movie.gif of what `train` returned in `steps` steps, by the names of
-    the METHODS."""
+    """Writes picture.png and movie.gif. `kept` has what `train` returned for `steps` steps, by the
+    name of the method."""
     torch.manual_seed(0)
     real = real_points(60 * len(centres), centres)  # the same ones in all panels
     font = ImageFont.load_default(size=14)
-    size = 150
+    size = 150  # of a panel, in pixels
 
     # A row for each method, below headings with the steps.
     picture = Image.new("RGB", (120 + size * len(COLUMNS), 24 + size * len(kept)), "white")
@@ -314,7 +314,7 @@ def write_pictures(kept, centres, steps, out_dir):
     for row, (name, moments) in enumerate(kept.items()):
         pen.text((6, 24 + (row + 0.5) * size), name, "black", font, anchor="lm")
         for column, moment in enumerate(COLUMNS):
-            tile = panel(moments[moment], real, METHODS[name].colour)
+            tile = panel(moments[moment], real, METHODS[name].colour, size)
             picture.paste(tile, (120 + size * column, 24 + size * row))
     picture.save(out_dir / "picture.png")
 
@@ -328,7 +328,8 @@ def write_pictures(kept, centres, steps, out_dir):
         for k, (name, moments) in enumerate(kept.items()):
             left, top = size * (k % columns), (size + 20) * (k // columns)
             pen.text((left + size / 2, top + 10), name, "black", font, anchor="mm")
-            frame.paste(panel(moments[moment], real, METHODS[name].colour), (left, top + 20))
+            tile = panel(moments[moment], real, METHODS[name].colour, size)
+            frame.paste(tile, (left, top + 20))
         frames.append(frame)
     durations = [150] * MOMENTS + [2000]  # milliseconds: the last one stays
     frames[0].save(

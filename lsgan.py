@@ -1,4 +1,4 @@
-"""LSGAN: least squares instead of cross entropy, so that all fakes get a gradient.
+"""LSGAN: least squares instead of cross entropy, so fakes that pass as real get a gradient, too.
 
 Mao et al. 2016, Least Squares Generative Adversarial Networks. https://arxiv.org/abs/1611.04076
 

@@ -99,8 +99,8 @@ class Discriminator(nn.Module):
 
 
 def spectral_norm(layer):
-    """The layer with its weight divided by an estimate of its largest singular value, by one
-    power iteration per pass: Algorithm 1."""
+    """The layer with its weight divided by an estimate of its largest singular value, which one
+    power iteration per pass refines (Miyato et al. 2018, Algorithm 1: one per update)."""
     # First initialise: afterwards `weight` is computed from another tensor.
     layer.apply(init_weights)
     return torch.nn.utils.parametrizations.spectral_norm(layer)

@@ -13,12 +13,12 @@ With s = log sum_k exp(l_k), "real" has the probability sigmoid(s). G matches D'
 
 Differs from gan.py in: D classifies, and learns from a few labelled images as well; it has weight
 norm and noise in place of maxout and dropout; G has batch norm, and matches features; z is uniform
-in [0, 1); the test error is that of an average of D's weights.
+in [0, 1); the test error is that of an average of D's weights; and the defaults.
 
 Deviations from the authors' code (more in docs/papers.md): images are 32x32; unlabelled images are
 drawn with replacement, not in epochs; the average moves faster at first.
 
-Runs of 60 epochs on MNIST, scored in docs/ssgan.md:
+A run of 60 epochs on MNIST, scored in docs/ssgan.md:
 
     python ssgan.py --labels 100 --steps 36000
 """
@@ -205,20 +205,21 @@ def init_weights(m):
 
 def d_loss_labelled(logits, y):
     """E[-l_y + s], the cross entropy of the classes, from logits (N, K) and labels (N,):
-    section 5."""
+    Salimans et al. 2016, section 5."""
     return nn.functional.cross_entropy(logits, y)
 
 
 def d_loss_unlabelled(logits_real, logits_fake):
     """-1/2 E[log sigmoid(s(x))] - 1/2 E[log(1 - sigmoid(s(G(z))))], from logits (N, K) of
-    unlabelled images and of fakes: section 5."""
+    unlabelled images and of fakes: Salimans et al. 2016, section 5."""
     real = -nn.functional.logsigmoid(logits_real.logsumexp(1)).mean()
     fake = -nn.functional.logsigmoid(-logits_fake.logsumexp(1)).mean()
     return 0.5 * (real + fake)
 
 
 def g_loss(f_real, f_fake):
-    """The mean over D's features of (E[f(x)] - E[f(G(z))])^2, from features (N, F): section 3.1."""
+    """The mean over D's features of (E[f(x)] - E[f(G(z))])^2, from features (N, F): Salimans et
+    al. 2016, section 3.1."""
     return (f_real.mean(0) - f_fake.mean(0)).square().mean()
 
 

@@ -18,11 +18,11 @@ and noise z0. Each D has a second head, Q1 or Q0, which recovers the noise.
               + 10 E[(Q0(G0(z0, h)) - z0)^2]
 
 The last term of each is the entropy loss: without it, G could ignore the noise. From step
---joint-from on, G0 gets the features that G1 draws instead of E's, and has them as its target.
+--joint-from on, G0 gets the features that G1 draws instead of E's, and they are its target, too.
 
 Differs from cgan.py in: two GANs instead of one; the label is an input of G1 alone; E, rather than
 a D that sees the label, makes each G obey its input; D has a head that recovers the noise, 5x5
-convolutions and no batch norm; z is uniform in [0, 1).
+convolutions and no batch norm; z is uniform in [0, 1); and the defaults.
 
 Deviations from the paper (more in docs/papers.md): as in the authors' MNIST code, G1 never learns
 from G0. Images are 32x32 in [-1, 1].
@@ -255,8 +255,8 @@ def entropy_loss(z_recovered, z):
 
 
 def train_encoder(args, data, E):
-    """Trains E to classify, by --encoder-steps updates: minimise label_loss. Says how well it
-    does."""
+    """Trains E to classify, by --encoder-steps updates that minimise label_loss. Reports its
+    accuracy."""
     opt_E = torch.optim.Adam(E.parameters(), lr=1e-3, fused=True)
     for _ in tqdm(range(args.encoder_steps), "training E", disable=common.rank() > 0):
         x_real, y = common.sample_batch(args, data)

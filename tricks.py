@@ -7,13 +7,14 @@
     --feature-matching      G matches D's mean features   Salimans et al. 2016, 3.1
     --minibatch-kernels B   D compares images             Salimans et al. 2016, 3.2
     --r1 GAMMA              penalty on D's gradient       Mescheder et al. 2018, 1801.04406, eq. 9
-    --ema BETA              images by an average of G     Yazici et al. 2018, 1806.04498
+    --ema BETA              images from an average of G    Yazici et al. 2018, 1806.04498
     --diffaug POLICY        all that D sees is augmented  Zhao et al. 2020, 2006.10738
     --decay                 learning rates fall to 0      github.com/Newmu/dcgan_code
 
-Differs from dcgan.py in: these and their calls; without flags it trains as dcgan.py does. --noise
-and --decay fall to 0 at --steps: a --resume with more --steps raises them again. Under torchrun,
-each process has its own images for --replay, --minibatch-kernels and --feature-matching.
+Differs from dcgan.py in: the tricks and the calls to them. Without flags it trains as dcgan.py
+does. The noise of --noise and the learning rates of --decay reach 0 at --steps: a --resume with
+more --steps raises them again. Under torchrun, --replay, --minibatch-kernels and --feature-matching
+work on each process's own images.
 
 A run on MNIST, scored in docs/tricks.md:
 
@@ -50,7 +51,7 @@ def parse_args(argv=None):
         help="standard deviation of noise on all that D sees, falling to 0 at --steps",
     )
     p.add_argument(
-        "--replay", type=int, default=0, help="old fakes to keep, from which half of D's are drawn"
+        "--replay", type=int, default=0, help="old fakes to keep: half of D's are drawn from them"
     )
     p.add_argument("--feature-matching", action="store_true", help="G matches D's mean features")
     p.add_argument(
@@ -69,7 +70,7 @@ def parse_args(argv=None):
         "--ema",
         type=float,
         default=0.0,
-        help="draw by an average of G's weights with this decay, such as 0.999",
+        help="draw with an average of G's weights; this is its decay, such as 0.999",
     )
     p.add_argument(
         "--diffaug",
@@ -161,7 +162,7 @@ class MinibatchDiscrimination(nn.Module):
 
     def forward(self, h):
         m = self.linear(h.flatten(1)).unflatten(1, (-1, 5))
-        distance = (m[:, None] - m).abs().sum(3)  # (N, N, kernels): of each two images
+        distance = (m[:, None] - m).abs().sum(3)  # (N, N, kernels): between every two images
         near = torch.exp(-distance).sum(1) - 1  # minus exp(0), the image itself
         return torch.cat([h, near[:, :, None, None].expand(-1, -1, *h.shape[2:])], 1)
 
@@ -215,7 +216,7 @@ def r1_penalty(d_real, x_real):
 
 def feature_distance(D, x_real, x_fake):
     """||E[f(x_real)] - E[f(x_fake)]||^2, summed over all activations f of D; Salimans et al. 2016,
-    section 3.1, have one f, and weight norm in D. Batch norm hides a part of the distance, as it
+    section 3.1, use one layer, and weight norm in D. Batch norm hides a part of the distance, as it
     normalises the two batches separately. Only the fakes get a gradient."""
     real = x_real.detach()
     fake = x_fake
@@ -240,7 +241,7 @@ def swap_with_pool(pool, x_fake):
     `x_fake` is (N, C, S, S) and n is N // 2, or M if that is less. The other fakes, `x_fake[:n]`,
     overwrite random images of the pool: Shrivastava et al. 2016, section 2.3."""
     n = min(len(x_fake) // 2, len(pool))
-    # The order of random numbers is a random permutation.
+    # Sorting random numbers gives a random permutation.
     drawn = torch.rand(len(pool), device=pool.device).argsort()[:n]
     renewed = torch.rand(len(pool), device=pool.device).argsort()[:n]
     earlier = pool[drawn]
@@ -386,8 +387,8 @@ def main(argv=None):
     def sample(z):
         """Images from z, by G or by its average with --ema, in evaluation mode, in which batch norm
         uses its running statistics."""
-        drawn = average if args.ema else G
-        x = drawn.eval()(z)
+        network = average if args.ema else G
+        x = network.eval()(z)
         G.train()
         return x
 

@@ -7,7 +7,7 @@ Gulrajani et al. 2017, Improved Training of Wasserstein GANs. https://arxiv.org/
     G:  min  -E[D(G(z))]
 
 Differs from wgan.py in: the penalty where the clipping was, D without batch norm, He's
-initialisation in D, and Adam.
+initialisation in D, Adam, and the learning rate.
 
 Deviations from the paper (more in docs/papers.md):
 - Adam's betas are those of the authors' code for CIFAR-10, not (0, 0.9) as in Algorithm 1.
