@@ -34,8 +34,6 @@ DATASET_HELP = "mnist, fashion-mnist, cifar10, digits (needs no download), or a 
 ENDINGS = {*IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".avif", ".heic", ".heif"}
 # Folders that operating systems and storage devices make.
 NO_DATA = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found", "System Volume Information"}
-# Folders that are rarely classes.
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def fail(message):
@@ -108,8 +106,7 @@ def load_data(args):
     if args.generate:
         # runs.parse_args has found and checked this checkpoint.
         file = Path(args.out_dir, "checkpoint.pt")
-        facts = torch.load(file, map_location="cpu", weights_only=True)["data"]
-        return Data(facts["number"], facts["channels"], facts["classes"])
+        return Data(**torch.load(file, map_location="cpu", weights_only=True)["data"])
 
     size = args.image_size
     if args.dataset == "digits":
@@ -131,21 +128,12 @@ def load_data(args):
             "memory: it stays in host memory, and training is slower"
         )
     number, channels = images.shape[:2]
-    line = f"{args.out_dir} on {device_name(args.device)}: {number:,} images of "
+    line = f"{args.out_dir} on {args.device}: {number:,} images of "
     line += f"{channels}x{size}x{size} from {args.dataset}"
     if classes:
         line += f", classes: {first_ten(classes)}"
     say(line)
     return Data(number, channels, classes, images.to(device), labels.to(device))
-
-
-def device_name(device):
-    """The name of a device as a user knows it."""
-    if "cuda" in device:
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    if device == "cpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        return "cpu (PyTorch sees no GPU)"
-    return device
 
 
 def resize(images, size):
@@ -261,10 +249,8 @@ def load_folder(folder, size):
     ignored. Exits with an error if there is nothing to read.
     """
     folder = Path(folder)
-    if folder.is_file():
-        fail(f"{folder} is a file: unpack it if it is an archive, and give its folder as --dataset")
     if not folder.is_dir():
-        fail(f"there is no folder {folder}. --dataset is {DATASET_HELP}")
+        fail(f"{folder} is not a folder. --dataset is {DATASET_HELP}")
     files, has_classes = find_images(folder)
 
     # Decode them, and keep three channels only if some image is in colour.
@@ -296,10 +282,8 @@ def find_images(folder):
     found = files_below(folder)
     images = [file for file in found if file.suffix.lower() in ENDINGS]
     others = [file.as_posix() for file in found if file.suffix.lower() not in ENDINGS]
-    if not images and others:
-        fail(f"no images found in {folder}, which holds {first_ten(others)}")
     if not images:
-        fail(f"no images found in {folder} or its subfolders")
+        fail(f"no images found in {folder}, which holds {first_ten(others) or 'no files'}")
     if others:
         warn(f"ignored files that are not images: {first_ten(others)}")
 
@@ -314,35 +298,18 @@ def find_images(folder):
         where = "beside the class folders" if has_classes else "in subfolders"
         warn(f"ignored images {where}: {first_ten([file.as_posix() for file in unused])}")
 
-    if has_classes:
-        check_class_folders(folder, used)
+    # The classes may be one level deeper: in train and test, or in the one folder of an archive.
+    nested = sorted({file.parts[0] for file in used if len(file.parts) > 2})
+    if nested:
+        warn(f"each of these is one class, with all the folders in it: {first_ten(nested)}")
     return used, has_classes
 
 
-def check_class_folders(folder, files):
-    """Exits with an error if the class folders are one level deeper, in train and test or in a
-    single subfolder. Warns if subfolders with such names become classes. `files` are the images,
-    relative to `folder`."""
-    subfolders = sorted({file.parts[0] for file in files})
-    splits = [name for name in subfolders if name.lower() in SPLITS]
-    splits.sort(key=lambda name: SPLITS.index(name.lower()))
-    wrappers = splits
-    if len(subfolders) == 1:
-        wrappers = subfolders
-    for name in wrappers:
-        inside = [file.parts[1:] for file in files if file.parts[0] == name]
-        class_folders = {parts[0] for parts in inside if len(parts) > 1}
-        if len(class_folders) > 1 and all(len(parts) > 1 for parts in inside):
-            fail(f"{folder / name} has {len(class_folders)} class folders: use it as --dataset")
-    if splits:
-        warn(f"{folder}: the subfolders {', '.join(splits)} are treated as classes")
-
-
 def files_below(folder):
-    """The regular files in a folder and its subfolders, relative to it, in an order that is the
-    same on every system. Left out are hidden files, folders of the system (NO_DATA), and folders
-    that hold a run. Links to folders are followed in the first level only, so that none leads in a
-    circle. Warns of subfolders that cannot be read."""
+    """The files in a folder and its subfolders, relative to it, in an order that is the same on
+    every system. Left out are hidden files, folders of the system (NO_DATA), and folders that hold
+    a run. Links to folders are followed in the first level only, so that none leads in a circle.
+    Warns of subfolders that cannot be read."""
 
     def is_data(path):
         is_run = os.path.exists(path / "args.json")
@@ -357,13 +324,14 @@ def files_below(folder):
         fail(f"{folder} cannot be read: {error.strerror}")
     files = []
     for path in first_level:
-        if path.is_file() and is_data(path):
+        if not is_data(path):
+            continue
+        if not os.path.isdir(path):  # unlike Path.is_dir, this raises nothing
             files.append(path)
-        if path.is_dir() and is_data(path):
-            for parent, subfolders, names in os.walk(path, onerror=warn_of):
-                subfolders[:] = [name for name in subfolders if is_data(Path(parent, name))]
-                inside = [Path(parent, name) for name in names if not name.startswith(".")]
-                files += [file for file in inside if file.is_file()]
+            continue
+        for parent, subfolders, names in os.walk(path, onerror=warn_of):
+            subfolders[:] = [name for name in subfolders if is_data(Path(parent, name))]
+            files += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted([file.relative_to(folder) for file in files], key=Path.as_posix)
 
 
@@ -377,37 +345,29 @@ def decode_images(folder, files, size):
         except Exception as error:  # Pillow's many readers raise many things
             return reason(error)
 
-    images = torch.from_numpy(np.empty((len(files), 3, size, size), np.uint8))
-    readable, unreadable, animated = [], [], []
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    readable, unreadable = [], []
     # Threads help, as Pillow releases the interpreter's lock.
     with ThreadPool() as pool:
         decoded = pool.imap(try_to_decode, files)
         for file, result in zip(files, tqdm(decoded, "decoding", len(files), delay=2), strict=True):
             if isinstance(result, str):
                 unreadable.append(f"{file.as_posix()} ({result})")
-                continue
-            pixels, has_frames = result
-            images[len(readable)] = torch.from_numpy(pixels)
-            readable.append(file)
-            if has_frames:
-                animated.append(file.as_posix())
+            else:
+                images[len(readable)] = result
+                readable.append(file)
     if not readable:
         fail(f"no image of {folder} can be read: {first_ten(unreadable)}")
     if unreadable:
         warn(f"cannot read these images: {first_ten(unreadable)}")
-    if animated:
-        warn(f"only the first frame is used of {first_ten(animated)}")
     return images[: len(readable)], readable
 
 
 def decode_image(file, size):
-    """The first frame of an image file as uint8 (3, size, size), and whether there are more: turned
-    as its EXIF orientation says, with white behind transparent pixels, its middle square resized
-    with antialiasing. Raises what Pillow raises if it cannot read it, and ValueError for pixels of
-    32 bits or floats."""
+    """The first frame of an image file as uint8 (3, size, size): turned as its EXIF orientation
+    says, with white behind transparent pixels, its middle square resized with antialiasing. Raises
+    what Pillow raises if it cannot read it, and ValueError for pixels of 32 bits or floats."""
     with Image.open(file) as image:
-        has_frames = getattr(image, "is_animated", False) and image.format != "MPO"
-
         # Pillow opens 16-bit PGM files, and in some versions PNG files, as if they had 32 bits.
         if image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):
             raise ValueError("its pixels are 32-bit or float, whose range is unknown")
@@ -425,7 +385,7 @@ def decode_image(file, size):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        return np.array(image).transpose(2, 0, 1), has_frames
+        return TF.pil_to_tensor(image)
 
 
 # pictures -----------------------------------------------------------------------------------------
@@ -478,13 +438,11 @@ def generate(args, draw, labels=None, classes=()):
     the classes y, (n,), and the file names have the class, 000003_class7.png: its name if all names
     are whole numbers, else its index.
     """
-    folder = Path(args.out_dir, "generated")
-    for number in itertools.count(2):
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            folder = Path(args.out_dir, f"generated-{number}")
+    folder, number = Path(args.out_dir, "generated"), 1
+    while folder.exists():
+        number += 1
+        folder = Path(args.out_dir, f"generated-{number}")
+    folder.mkdir()
 
     # Do not seed here. The networks were initialised with the first numbers of the same seed, so z
     # would repeat their weights, and the images of such a z are unlike others.

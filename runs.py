@@ -78,16 +78,14 @@ def device(text):
     if torch.cuda.is_available():
         found.append("cuda")
         found += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if text in found:
-        return text
-    message = f"{text} is not a device of this machine: choose from {', '.join(found)}"
-    if text.startswith("cuda") and "cuda" not in found:
-        message = f"PyTorch {torch.__version__} sees no CUDA GPU on this machine"
-    raise argparse.ArgumentTypeError(message)
+    if text not in found:
+        names = ", ".join(found)
+        raise argparse.ArgumentTypeError(f"PyTorch {torch.__version__} finds {names}, not {text}")
+    return text
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults of flags with a value, and keeps the line breaks of the epilog."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of flags with a value."""
 
     def _get_help_string(self, action):
         if action.default is None or isinstance(action.default, bool) or action.default == []:
@@ -221,16 +219,7 @@ def parse_with_run(p, argv, args):
     folder = Path(args.out_dir)
     file = folder / "checkpoint.pt"
     if not file.exists():
-        others = [other.parent for other in folder.parent.glob("*/checkpoint.pt")]
-        others = sorted(str(other) for other in others if script_of(other) == args.script)
-        message = f"{folder} holds no checkpoint"
-        if script_of(folder):
-            message += ": begin again with --overwrite"
-        elif others:
-            message += f": set --out-dir, for example to {common.first_ten(others)}"
-        else:
-            message += ": there is no run to go on with"
-        common.fail(message)
+        common.fail(f"there is no {file}: set --out-dir to the folder of a run")
     saved = read_checkpoint(file)
     writer = saved["args"]["script"]
     if writer != args.script:
@@ -347,25 +336,21 @@ def start_run(args, data, state):
         dist.barrier()
     if common.rank() > 0:
         return done
+    if args.resume:
+        drop_rows_after(done, folder / "log.csv")
+    if args.overwrite:
+        for file in files_of_run(folder):
+            file.unlink(missing_ok=True)
     about = {**run_flags(args), **facts(data), "torch": torch.__version__}
-    about = json.dumps(about, indent=1).encode()
-    if args.resume or args.overwrite:
-        if args.resume:
-            drop_rows_after(done, folder / "log.csv")
-        else:
-            for file in files_of_run(folder):
-                file.unlink(missing_ok=True)
-        with atomic_write(folder / "args.json") as f:
-            f.write(about)
-        return done
-    # Of two new runs that are started together, only the first one creates this file.
+    file = folder / "args.json"
     try:
-        with open(folder / "args.json", "xb") as f:
-            f.write(about)
-    except FileExistsError:
-        common.fail(f"another run has just begun in {folder}: choose another --out-dir")
+        # Of two new runs that are started together, only the first one creates this file.
+        if not args.resume and not args.overwrite:
+            file.touch(exist_ok=False)
+        with atomic_write(file) as f:
+            f.write(json.dumps(about, indent=1).encode())
     except OSError as error:
-        common.fail(f"{folder} cannot be used: {error.strerror}")
+        common.fail(f"{file} cannot be created: {error.strerror}")
     return done
 
 
@@ -390,7 +375,8 @@ def steps(args, done):
         progress.n = args.steps
         progress.close()
         last = Path(args.out_dir, "samples", f"{args.steps:06d}.png")
-        command = ["python", f"{args.script}.py", "--out-dir", args.out_dir, "--resume"]
+        out_dir = Path(args.out_dir).as_posix()  # shlex would put Windows' backslashes in quotes
+        command = ["python", f"{args.script}.py", "--out-dir", out_dir, "--resume"]
         command = shlex.join([*command, "--steps", str(2 * args.steps)])
         common.say(f"done: {last}. To train on: {command}")
 
@@ -506,7 +492,7 @@ def log(args, step, values):
 
     file = Path(args.out_dir, "log.csv")
     header = ",".join(["step", "time", *numbers]) + "\n"
-    with open(file, "a+", newline="") as f:
+    with open(file, "a+") as f:
         f.seek(0)
         found = f.readline()
         if found not in ("", header):

@@ -167,7 +167,7 @@ def test_own_images(tmp_path, capsys):
         quality.main([*folders, *flags, "--neighbours", str(pairs)])
     assert "exists: choose another --neighbours" in capsys.readouterr().err
     assert pairs.read_bytes() == before
-    with pytest.raises(SystemExit, match="there is no folder"):
+    with pytest.raises(SystemExit, match="is not a folder"):
         quality.main(["cifar", str(tmp_path / "fake"), *flags])
     with pytest.raises(SystemExit, match="has no subfolder per class"):
         quality.main([str(tmp_path / "real" / "03"), str(tmp_path / "fake"), *flags])

@@ -378,6 +378,14 @@ def test_other_columns_in_the_log_end_the_run_in_one_line():
     assert file.read_text() == before and checkpoint("run")["step"] == 5
 
 
+def test_a_log_that_was_saved_with_other_line_ends_is_continued():
+    train("dcgan", "run", "--steps", 5)
+    file = Path("run/log.csv")
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    train("dcgan", "run", "--steps", 10, "--resume")
+    assert [row["step"] for row in log_rows("run")] == [5, 10]
+
+
 def test_tensorboard(monkeypatch):
     module = mock.Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)

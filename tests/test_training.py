@@ -271,7 +271,6 @@ def test_wgan_clips_every_parameter_after_every_update():
     steps_of_D = [(before, after) for which, _, before, after in events if which == "D"]
     assert all(after > 0.03 for _, after in steps_of_D), "it steps first"
     assert all(before <= 0.03 + 1e-9 for before, _ in steps_of_D[1:]), "each is followed by a clip"
-    assert isinstance(run.opt_D, torch.optim.RMSprop) and isinstance(run.opt_G, torch.optim.RMSprop)
 
 
 @pytest.mark.parametrize(
