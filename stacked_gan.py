@@ -56,7 +56,10 @@ def parse_args(argv=None):
     p.add_argument("--image-size", type=runs.image_size, default=32, help="side in pixels")
     p.add_argument("--entropy-weight", type=float, default=10.0, help="weight of the entropy loss")
     p.add_argument(
-        "--encoder-steps", type=runs.positive_int, default=1200, help="updates of E, before --steps"
+        "--encoder-steps",
+        type=runs.positive_int,
+        default=1200,
+        help="updates of E, before --steps",
     )
     p.add_argument(
         "--joint-from",
@@ -65,12 +68,12 @@ def parse_args(argv=None):
     )
     p.add_argument("--label", default="all", help="class to --generate, by name or number")
     args = runs.parse_args(p, argv)
+    if args.batch_size < 2:
+        p.error("--batch-size must be at least 2 per process: G's batch norm compares images")
     if args.label != "all" and not args.generate:
         p.error("--label goes with --generate")
     if args.init:
         p.error("--init cannot be used here, as it does not load E: leave it out")
-    if args.batch_size < 2:
-        p.error("--batch-size must be at least 2 per process: G's batch norm compares images")
     return args
 
 

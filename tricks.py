@@ -7,7 +7,7 @@
     --feature-matching      G matches D's mean features   Salimans et al. 2016, 3.1
     --minibatch-kernels B   D compares images             Salimans et al. 2016, 3.2
     --r1 GAMMA              penalty on D's gradient       Mescheder et al. 2018, 1801.04406, eq. 9
-    --ema BETA              images from an average of G    Yazici et al. 2018, 1806.04498
+    --ema BETA              images from an average of G   Yazici et al. 2018, 1806.04498
     --diffaug POLICY        all that D sees is augmented  Zhao et al. 2020, 2006.10738
     --decay                 learning rates fall to 0      github.com/Newmu/dcgan_code
 

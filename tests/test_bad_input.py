@@ -86,7 +86,7 @@ OWN_FLAGS = {
     "cgan": ("--label 1",),
     "ebgan": ("--batch-size 1",),
     "ssgan": ("--batch-size 1",),
-    "stacked_gan": ("--batch-size 1",),
+    "stacked_gan": ("--batch-size 1", "--init x"),
     "r3gan": ("--width 12",),
     "stylegan": ("--truncation 0.5",),
     "tricks": ("--noise -1", "--r1 nan", "--minibatch-kernels 3 --r1 1"),

@@ -108,7 +108,7 @@ def test_what_a_method_has_of_its_own(name, watched):
     assert len(optimisers) == (12 if several else 4)
     assert optimisers.count(optimisers[-1]) == 2, "one update of G per step"
     assert isinstance(optimisers[-1], torch.optim.RMSprop if name == "wgan" else torch.optim.Adam)
-    rate_D, rate_G = watched.steps[0][1], watched.steps[several * 4 + 1][1]
+    rate_D, rate_G = watched.steps[0][1], watched.steps[-1][1]
     assert rate_G == (1e-3 if name == "wgan" else 2e-3)
     assert rate_D == (1e-4 if name == "gan-slow-d" else rate_G)
     betas = {(0.0, 0.9)} if name in NO_MOMENTUM else {(0.5, 0.9)}
@@ -139,12 +139,10 @@ def test_wgan_clips_all_weights_of_D(watched, monkeypatch):
 @pytest.mark.parametrize(
     "name, setting",
     [
-        ("wgan", "clip"),
         ("wgan_gp", "gp_weight"),
         ("sngan", "score_scale"),
         ("gan-r1", "r1"),
         ("r3gan", "r2"),
-        ("r3gan-r1", "r1"),
     ],
 )
 def test_each_setting_changes_the_run(name, setting, monkeypatch):
@@ -206,19 +204,19 @@ def test_a_pair_is_compared_with_real_points_of_its_own(monkeypatch):
 
 
 def test_main_writes_its_results(tmp_path, capsys, monkeypatch):
-    """mean_modes is the mean over all moments of the run but its start."""
+    """Of a G that has points in 8, 1, 2 and 6 modes: the last ones count, and mean_modes is the
+    mean over all moments but the start."""
     assert eight_gaussians.COLUMNS[-1] == eight_gaussians.MOMENTS
     monkeypatch.setattr(eight_gaussians, "MOMENTS", 3)
     monkeypatch.setattr(eight_gaussians, "COLUMNS", (0, 1, 3))
-    counts = recorded(monkeypatch, "coverage", eight_gaussians)
-    flags = ["--steps", "3", "--width", "8", "--batch-size", "8"]
-    flags += ["--out-dir", str(tmp_path / "run")]
+    moments = [eight_gaussians.mode_centres(8)[:modes] for modes in (8, 1, 2, 6)]
+    monkeypatch.setattr(eight_gaussians, "train", lambda name, args: moments)
+    flags = ["--out-dir", str(tmp_path / "run")]
     eight_gaussians.main(flags)
     rows = list(csv.DictReader((tmp_path / "run" / "table.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == [*eight_gaussians.METHODS, "real points"]
+    assert list(rows[0].values()) == ["gan", "6", "1.000", f"{math.log(8 / 6):.3f}", "3.0"]
     assert rows[-1]["mean_modes"] == "8.0"
-    all_modes = [modes for modes, *_ in counts[1 : eight_gaussians.MOMENTS + 1]]
-    assert rows[0]["mean_modes"] == f"{sum(all_modes) / eight_gaussians.MOMENTS:.1f}"
     assert float(rows[-1]["high_quality"]) == pytest.approx(0.989, abs=0.01)
     assert rows[-1]["modes"] == "8"
     printed = capsys.readouterr()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import (
     checkpoint,
+    killed_after_save,
     open_script,
     recorded,
     same,
@@ -195,7 +196,8 @@ def test_the_average():
 
 def test_generate_draws_at_the_stage_of_the_run():
     """Also of one that was stopped in its first stage, whose pixels are repeated 4 times."""
-    train("progan", "small", "--stage-steps", 10, "--steps", 5)
+    with killed_after_save(5):
+        train("progan", "small", "--stage-steps", 10, "--steps", 100)
     progan.main(["--out-dir", "small", "--device", "cpu", "--generate", "1"])
     image = np.asarray(Image.open("small/generated/000000.png"), int)
     assert (image == image[::4, ::4].repeat(4, 0).repeat(4, 1)).all()

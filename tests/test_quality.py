@@ -56,11 +56,11 @@ def test_precision_and_recall():
 
 
 def test_precision_reaches_to_the_kth_neighbour():
+    """That of the ball at 0, which is k away: one fake lies inside it, and one outside."""
     real = torch.arange(10.0, dtype=torch.float64)[:, None]
-    fake = torch.tensor([[-2.5], [-5.5], [4.2]], dtype=torch.float64).repeat_interleave(3, 0)
-    # The outermost ball reaches to its 2nd neighbour, 2 away; with k = 5, 5 away.
-    assert quality.precision_recall(real, fake, k=2)[0] == pytest.approx(1 / 3)
-    assert quality.precision_recall(real, fake, k=5)[0] == pytest.approx(2 / 3)
+    for k in (2, 5):
+        fake = torch.tensor([[0.5 - k], [-0.5 - k]], dtype=torch.float64).repeat(3, 1)
+        assert quality.precision_recall(real, fake, k)[0] == 0.5
 
 
 @pytest.fixture(autouse=True)

@@ -162,13 +162,6 @@ def test_the_phases(monkeypatch):
     assert all(opt.param_groups[0]["eps"] == 1e-4 for opt in optimisers[1:])
 
 
-def test_init_is_refused(capsys):
-    train("stacked_gan", "run", "--steps", 1)
-    with pytest.raises(SystemExit):
-        train("stacked_gan", "new", "--init", "run/checkpoint.pt")
-    assert "--init cannot be used here, as it does not load E" in capsys.readouterr().err
-
-
 def test_learns_two_pictures(capsys):
     """One for each label, and E tells the two apart."""
     data, run = picture_folder(Path("pictures"), (0, 1), classes=True), "--out-dir run --device cpu"

@@ -12,9 +12,8 @@ import pytest
 import standalone
 import torch
 from helpers import (
-    LARGE,
-    NAMES,
     ROOT,
+    SCRIPTS,
     checkpoint,
     picture_folder,
     same,
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import runs
 
-COPIED = (*NAMES, "stacked_gan", "ebgan", "began", *LARGE)
+COPIED = [name for name in SCRIPTS if f"{name}.py" not in standalone.NOT_COPIED]
 FLAGS = ["--steps", "2", "--seed", "3"]
 
 # Runs files as programs, one after the other: its argument has a list of flags for each, as JSON.

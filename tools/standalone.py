@@ -136,7 +136,6 @@ REPLACEMENTS = [
 CUTS = [
     # --label and --truncation, which go with --generate.
     ('    p.add_argument("--label"', "    args = runs.parse_args("),
-    ('    if args.label != "all" and', "    if args.batch_size < 2"),
     ('    if args.label != "all" and', "    return args\n"),
     ('    p.add_argument(\n        "--truncation"', "    args = runs.parse_args("),
     ("    if args.truncation != 1", "    return args\n"),
@@ -192,17 +191,6 @@ def replace_loop(text):
     return before + end + 'if __name__ == "__main__":\n    main()\n'
 
 
-def join_short_calls(text):
-    """`text` with the arguments of a call on the line of its name where 100 columns are enough, as
-    a formatter has them."""
-
-    def joined(match):
-        line = f"{match[1]}{match[2]})"
-        return line if len(line) <= 100 else match[0]
-
-    return re.sub(r"(?m)^( *[\w.]+\()\n +(.*[^,\n])\n *\)$", joined, text)
-
-
 def standalone(text):
     """The text of a script as one that needs nothing else of the collection."""
     text = re.sub(r"    p = ArgumentParser\(.*\)\n", PARSER, text)
@@ -219,7 +207,7 @@ def standalone(text):
     if "math." not in text:
         text = text.replace("import math\n", "")
 
-    return join_short_calls(text)
+    return text
 
 
 def main(argv=None):
