@@ -62,6 +62,20 @@ def test_a_layer_by_hand():
     assert torch.allclose(layer(x, w), (scale + 1) * y + shift, atol=1e-5)
 
 
+def test_a_layer_of_D_by_hand():
+    """Blur, convolution, the mean of each 2x2 pixels, bias, leaky ReLU."""
+    torch.manual_seed(0)
+    down = stylegan.Down(5, 7)
+    nn.init.normal_(down.conv.bias)
+    x = torch.randn(3, 5, 8, 8)
+    taps = torch.tensor([1.0, 2.0, 1.0]) / 4
+    blur = (taps[:, None] * taps).expand(5, 1, 3, 3)
+    y = nn.functional.conv2d(x, blur, padding=1, groups=5)
+    y = nn.functional.conv2d(y, down.conv.weight * (2 / (5 * 9)) ** 0.5, padding=1)
+    y = nn.functional.avg_pool2d(y, 2) + down.conv.bias[:, None, None]
+    assert torch.allclose(down(x), leaky_relu(y, 0.2), atol=1e-5)
+
+
 def test_noise():
     """One strength for each channel, 0 at the start; another map for each image in training, the
     same for all in evaluation mode."""
