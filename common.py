@@ -298,10 +298,10 @@ def find_images(folder):
         where = "beside the class folders" if has_classes else "in subfolders"
         warn(f"ignored images {where}: {first_ten([file.as_posix() for file in unused])}")
 
-    # The classes may be one level deeper: in train and test, or in the one folder of an archive.
+    # The user's classes may be one level deeper: in train and test, or in an archive's only folder.
     nested = sorted({file.parts[0] for file in used if len(file.parts) > 2})
     if nested:
-        warn(f"each of these is one class, with all the folders in it: {first_ten(nested)}")
+        warn(f"each of these is one class, with all that is below it: {first_ten(nested)}")
     return used, has_classes
 
 
@@ -326,12 +326,12 @@ def files_below(folder):
     for path in first_level:
         if not is_data(path):
             continue
-        if not os.path.isdir(path):  # unlike Path.is_dir, this raises nothing
+        if os.path.isdir(path):  # Path.is_dir may raise PermissionError
+            for parent, subfolders, names in os.walk(path, onerror=warn_of):
+                subfolders[:] = [name for name in subfolders if is_data(Path(parent, name))]
+                files += [Path(parent, name) for name in names if not name.startswith(".")]
+        else:
             files.append(path)
-            continue
-        for parent, subfolders, names in os.walk(path, onerror=warn_of):
-            subfolders[:] = [name for name in subfolders if is_data(Path(parent, name))]
-            files += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted([file.relative_to(folder) for file in files], key=Path.as_posix)
 
 
@@ -438,7 +438,8 @@ def generate(args, draw, labels=None, classes=()):
     the classes y, (n,), and the file names have the class, 000003_class7.png: its name if all names
     are whole numbers, else its index.
     """
-    folder, number = Path(args.out_dir, "generated"), 1
+    folder = Path(args.out_dir, "generated")
+    number = 1
     while folder.exists():
         number += 1
         folder = Path(args.out_dir, f"generated-{number}")

@@ -79,8 +79,9 @@ def device(text):
         found.append("cuda")
         found += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if text not in found:
-        names = ", ".join(found)
-        raise argparse.ArgumentTypeError(f"PyTorch {torch.__version__} finds {names}, not {text}")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a device that PyTorch {torch.__version__} finds: {', '.join(found)}"
+        )
     return text
 
 
@@ -375,7 +376,8 @@ def steps(args, done):
         progress.n = args.steps
         progress.close()
         last = Path(args.out_dir, "samples", f"{args.steps:06d}.png")
-        out_dir = Path(args.out_dir).as_posix()  # shlex would put Windows' backslashes in quotes
+        # Windows' command line does not take the quotes that shlex puts around a backslash.
+        out_dir = Path(args.out_dir).as_posix()
         command = ["python", f"{args.script}.py", "--out-dir", out_dir, "--resume"]
         command = shlex.join([*command, "--steps", str(2 * args.steps)])
         common.say(f"done: {last}. To train on: {command}")

@@ -55,7 +55,7 @@ FLAGS = {
     "--seed 18446744073709551616": "argument --seed: must be finite and not negative, not 184467",
     "--lr nan": "argument --lr: must be finite and not negative, not nan",
     "--beta1 -1": "argument --beta1: must be finite and not negative, not -1",
-    "--device tpu": f"argument --device: PyTorch {torch.__version__} finds cpu",
+    "--device tpu": f"tpu is not a device that PyTorch {torch.__version__} finds: cpu",
     "--resume --generate 3": "argument --generate: not allowed with argument --resume",
     "--resume --overwrite": "argument --overwrite: not allowed with argument --resume",
     "--resume --init x": "--init begins a new run: leave out --resume and --generate",
@@ -367,7 +367,7 @@ def test_as_a_program():
     command = [sys.executable, str(ROOT / "dcgan.py"), "--device", "cpu", "--dataset", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.startswith("error: ") and "is not a folder" in done.stderr
 
 
 def test_help_shows_the_defaults(capsys):

@@ -217,7 +217,7 @@ def test_classes_are_the_subfolders_and_what_is_left_out_is_named(capsys):
     assert warnings[:3] == [
         "warning: ignored files that are not images: class0/notes.txt, class0/readme",
         "warning: ignored images beside the class folders: loose.png",
-        "warning: each of these is one class, with all the folders in it: class1, class2",
+        "warning: each of these is one class, with all that is below it: class1, class2",
     ]
     assert warnings[3].startswith(
         "warning: cannot read these images: broken/cut.png (OSError: image f"

@@ -39,6 +39,17 @@ def test_what_changed_is_up_to_date():
     assert page == what_changed.page(), "renew it: python tools/what_changed.py"
 
 
+def test_a_new_section_of_what_changed_is_filled_in(monkeypatch, tmp_path):
+    """From its heading and idea, in the middle of the page and at its end."""
+    head, heading, rest = what_changed.PAGE.read_text("utf-8").partition("\n## dcgan → lsgan\n")
+    whole, next_heading, after = rest.partition("\n## ")
+    idea = whole.partition("\n```")[0]
+    monkeypatch.setattr(what_changed, "PAGE", tmp_path / "page.md")
+    for tail in (next_heading + after, ""):
+        what_changed.PAGE.write_text(head + heading + idea + tail, "utf-8")
+        assert what_changed.page() == head + heading + whole + tail
+
+
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_imports_and_initialisation(name):
     imports = section(name, '\n"""\n', "\ndef parse_args")

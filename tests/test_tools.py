@@ -39,7 +39,7 @@ def test_plot_writes_into_the_first_run():
             "--rounds -1",
             "argument --rounds: must be a whole number, 1 or more, not -1",
         ),
-        (benchmark.main, "--device gpu", "argument --device: PyTorch "),
+        (benchmark.main, "--device gpu", "argument --device: gpu is not a device that PyTorch"),
         (quality.main, "mnist x --classifier-steps 0", "argument --classifier-steps: must be a"),
         (plot.main, "", "the following arguments are required: RUN"),
     ],

@@ -8,6 +8,7 @@ from the scripts. A section whose changed lines are too many describes them by h
 
 import argparse
 import difflib
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -97,9 +98,15 @@ def renewed(section):
     """A section of the page, with its heading and idea as they are, and the rest from the scripts.
     If the section describes the changes by hand, that stays, too: all from the first paragraph that
     begins in bold or with "The lines: "."""
-    heading, idea, rest = section.split("\n\n", 2)
+
+    def is_computed(paragraph):
+        return not paragraph.startswith(("**", "The lines: "))
+
+    heading, idea, *paragraphs = section.strip().split("\n\n")
+    by_hand = list(itertools.dropwhile(is_computed, paragraphs))
+
+    # The objectives of both scripts, and their defaults.
     before, after = heading.split(" → ")
-    by_hand = re.search(r"(\n(\*\*|The lines: ).*)?\Z", rest, flags=re.DOTALL)[0]
     texts = {script: (ROOT / f"{script}.py").read_text("utf-8") for script in (before, after)}
     text = f"{heading}\n\n{idea}\n\n```\n"
     width = max(8, len(before) + 1, len(after) + 1)
@@ -107,7 +114,9 @@ def renewed(section):
         for objective in objectives(source):
             text += f"{script:<{width}}{objective}\n".replace("\n    ", "\n" + " " * width)
     text += "```\n" + changed_defaults(before, after, texts)
-    return text + (by_hand or changed_lines(parts(texts[before]), parts(texts[after])))
+    if by_hand:
+        return text + "\n" + "\n\n".join(by_hand) + "\n"
+    return text + changed_lines(parts(texts[before]), parts(texts[after]))
 
 
 def page():
