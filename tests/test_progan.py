@@ -69,14 +69,19 @@ def test_real_images_fade_too():
     assert faded[1, :2].tolist() == [0.75 * 2, 0.75 * 2]
 
 
-def test_D_sees_real_images_at_the_stage_and_fade_of_the_update(monkeypatch):
-    run, seen = open_script("progan"), []
+@pytest.mark.parametrize("name", ["progan", "stylegan"])
+def test_all_that_D_sees_is_at_the_stage_and_fade_of_the_update(name, monkeypatch):
+    """Real images, fakes, and the images of progan.py's penalty."""
+    run, seen = open_script(name), []
     batches = recorded(monkeypatch, "sample_batch")
-    run.D.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
+
+    def watch(module, inputs, named_inputs, output):
+        seen.append((*inputs, *named_inputs.values()))
+
+    run.D.register_forward_hook(watch, with_kwargs=True)
     run.update(2, 0.25)
-    x_real, stage, fade = seen[0]
-    assert (stage, fade) == (2, 0.25)
-    assert torch.equal(x_real, progan.reals_at(batches[0][0], 2, 0.25))
+    assert torch.equal(seen[0][0], progan.reals_at(batches[0][0], 2, 0.25))
+    assert [part[1:] for part in seen] == [(2, 0.25)] * (4 if name == "progan" else 3)
 
 
 def test_layers():

@@ -162,6 +162,16 @@ def test_the_phases(monkeypatch):
     assert all(opt.param_groups[0]["eps"] == 1e-4 for opt in optimisers[1:])
 
 
+def test_each_G_draws_from_its_own_noise():
+    run = open_script("stacked_gan")
+    calls = watched(run)
+    z1, z0, y = run.noise(3), run.noise(3), torch.arange(3)
+    x = run.sample((z1, z0), y)
+    ((inputs, h),), ((inputs_0, x_0),) = found(calls, "G1"), found(calls, "G0")
+    assert inputs[0] is z1 and inputs[1] is y
+    assert inputs_0[0] is z0 and inputs_0[1] is h and x_0 is x
+
+
 def test_learns_two_pictures(capsys):
     """One for each label, and E tells the two apart."""
     data, run = picture_folder(Path("pictures"), (0, 1), classes=True), "--out-dir run --device cpu"

@@ -20,6 +20,7 @@ from helpers import (
 from torch import nn
 from torch.nn.functional import conv2d, conv_transpose2d
 
+import runs
 import stylegan2
 
 FILTER = torch.outer(*2 * [torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8])
@@ -193,6 +194,9 @@ def test_the_average_has_a_half_life_in_images(monkeypatch):
     monkeypatch.setattr(stylegan2, "move_average", lambda average, G, beta: betas.append(beta))
     train("stylegan2", "run", "--steps", 3, "--batch-size", 4)
     assert betas == pytest.approx([0.5 ** (4 / (0.05 * seen)) for seen in (4, 8, 12)])
+    monkeypatch.setattr(runs, "steps", lambda args, done: [9_999_999])
+    train("stylegan2", "late", "--batch-size", 4)
+    assert betas[3] == pytest.approx(0.5 ** (4 / 500_000), rel=1e-9)
 
 
 def test_the_update_of_R1(monkeypatch):

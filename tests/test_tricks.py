@@ -188,9 +188,10 @@ def test_minibatch_discrimination():
 
 
 def test_r1(monkeypatch):
-    """gamma / 2 of the penalty in loss_D, at real images; no batch norm, He."""
+    """gamma / 2 of the penalty in loss_D, at real images; biases in place of batch norm, He."""
     run, at = open_script("tricks", "--r1", 3, "--diffaug", "color"), []
     assert not any(isinstance(m, nn.BatchNorm2d) for m in run.D.modules())
+    assert all(m.bias is not None for m in run.D.net if isinstance(m, nn.Conv2d))
     he = (2 / 1.04 / (8 * 16)) ** 0.5
     assert run.D.net[2].weight.std().item() == pytest.approx(he, rel=0.1)
 
