@@ -194,6 +194,7 @@ def test_the_average_has_a_half_life_in_images(monkeypatch):
     monkeypatch.setattr(stylegan2, "move_average", lambda average, G, beta: betas.append(beta))
     train("stylegan2", "run", "--steps", 3, "--batch-size", 4)
     assert betas == pytest.approx([0.5 ** (4 / (0.05 * seen)) for seen in (4, 8, 12)])
+    # At a step after which 500,000 images are fewer than 5% of those seen.
     monkeypatch.setattr(runs, "steps", lambda args, done: [9_999_999])
     train("stylegan2", "late", "--batch-size", 4)
     assert betas[3] == pytest.approx(0.5 ** (4 / 500_000), rel=1e-9)
